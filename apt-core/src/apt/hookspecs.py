@@ -1,0 +1,148 @@
+"""The moments of a run that plugins can take part in: pluggy hook specifications, all of them on this page.
+
+A plugin implements those that it wants, as methods marked `hookimpl`, with any subset of the arguments. What may be
+changed arrives as an object that an implementation changes in place (`Batch`, `Prompt`, `NextToken`); everything else
+is for reading. Implementations run in the order of the profile's `plugins` list unless `tryfirst`/`trylast` says else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from apt.core.config import APTConfig
+    from apt.layers import Output
+    from apt.modeling.model import Decoder
+
+PROJECT = "apt"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands. `step` counts optimizer steps done, `epoch` finished epochs; both from 0."""
+
+    step: int
+    epoch: int
+    max_steps: int
+    max_epochs: int
+    plugins_on: tuple[str, ...] = ()
+    values: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Batch:
+    """One micro-batch: `tokens` and `targets` [batch, seq] of ids, and `mask` [batch, seq], True where a target counts."""
+
+    tokens: Tensor
+    targets: Tensor
+    mask: Tensor | None = None
+
+
+@dataclass
+class Prompt:
+    """The prompt before it is tokenized; a plugin may rewrite `text` and say in `sources` what it added."""
+
+    text: str
+    sources: list[str] = field(default_factory=list)
+
+
+@dataclass
+class NextToken:
+    """The moment before a token is drawn: `tokens` [batch, seq] so far, `logits` [batch, vocab] that may be replaced."""
+
+    tokens: Tensor
+    logits: Tensor
+
+
+class Hooks:
+    """The specifications."""
+
+    @hookspec
+    def apt_config_resolved(self, config: APTConfig) -> None:
+        """The profile is validated and its providers are known; nothing is built yet."""
+
+    @hookspec
+    def apt_model_built(self, config: APTConfig, model: Decoder) -> None:
+        """The model stands, with everything that the profile will ever switch on."""
+
+    @hookspec
+    def apt_training_start(self, state: RunState, model: nn.Module, optimizer: Optimizer) -> None:
+        """Before the first step of this process (on a resumed run too)."""
+
+    @hookspec
+    def apt_training_end(self, state: RunState, model: nn.Module) -> None:
+        """After the last step, also when the run was interrupted."""
+
+    @hookspec
+    def apt_epoch_start(self, state: RunState) -> None:
+        """Before the first step of an epoch."""
+
+    @hookspec
+    def apt_epoch_end(self, state: RunState) -> None:
+        """After the last step of an epoch."""
+
+    @hookspec
+    def apt_phase_changed(self, state: RunState, plugin: str, model: nn.Module, optimizer: Optimizer) -> None:
+        """The schedule has just switched `plugin` on in mid-run; its parts are about to run for the first time.
+
+        Only the plugin that is switched on is called. Here sparse upcycling fills the experts.
+        """
+
+    @hookspec
+    def apt_step_start(self, state: RunState) -> None:
+        """Before the forward pass of an optimizer step; scheduled values are already set."""
+
+    @hookspec
+    def apt_batch_prepare(self, state: RunState, batch: Batch) -> None:
+        """Each micro-batch before the model sees it; change `batch` in place."""
+
+    @hookspec
+    def apt_loss_extra(
+        self, state: RunState, model: nn.Module, batch: Batch, output: Output
+    ) -> Mapping[str, Tensor] | None:
+        """Further losses of this micro-batch by name, already weighted; they are added to the loss."""
+
+    @hookspec
+    def apt_gradients_ready(self, state: RunState, model: nn.Module) -> None:
+        """All gradients of the step are there and clipped; the optimizer has not stepped yet."""
+
+    @hookspec
+    def apt_step_end(self, state: RunState, model: nn.Module, metrics: dict[str, float]) -> None:
+        """After the optimizer's step. `metrics` go to the log; add your own."""
+
+    @hookspec
+    def apt_evaluation_start(self, state: RunState, model: nn.Module) -> None:
+        """Before the held-out text is scored."""
+
+    @hookspec
+    def apt_evaluation_end(self, state: RunState, model: nn.Module, metrics: dict[str, float]) -> None:
+        """After the held-out text is scored; add to `metrics`."""
+
+    @hookspec
+    def apt_checkpoint_save(self, state: RunState) -> Mapping[str, object] | None:
+        """What this plugin wants to find again after a resume: JSON values and tensors."""
+
+    @hookspec
+    def apt_checkpoint_load(self, state: RunState, saved: Mapping[str, object]) -> None:
+        """What this plugin had saved."""
+
+    @hookspec
+    def apt_prompt_prepare(self, prompt: Prompt) -> None:
+        """Before the prompt is tokenized; change `prompt` in place."""
+
+    @hookspec
+    def apt_logits_ready(self, state: RunState, next_token: NextToken) -> None:
+        """Before each token is drawn; change `next_token.logits`."""
+
+    @hookspec
+    def apt_generation_end(self, prompt: Prompt, text: str) -> None:
+        """After the last token."""

@@ -1,0 +1,83 @@
+"""What layers and the model say to one another: the protocols that provider authors write against.
+
+Shapes: `batch`, `seq` (queries), `kv` (keys), `d_model`. A mask is boolean and True means *keep*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Part(NamedTuple):
+    """What a part returns beside its output: losses (already weighted, summed over layers into the loss) and
+    metrics (detached scalars or small tensors, averaged over layers). A part without either returns a plain tensor."""
+
+    output: Tensor
+    losses: Mapping[str, Tensor] = {}
+    metrics: Mapping[str, Tensor] = {}
+
+
+@dataclass
+class Output:
+    """What the model returns: `logits` [batch, seq, vocab], `hidden` [batch, seq, d_model] before the head, and the
+    `losses` and `metrics` of its parts."""
+
+    logits: Tensor
+    hidden: Tensor
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class LayerCache(Protocol):
+    """The keys and values of one attention layer while decoding; what is in it is the layer's own affair."""
+
+    length: int
+    """Tokens that the cache holds."""
+
+
+class AttentionLayer(Protocol):
+    """An `nn.Module` that mixes tokens."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        *,
+        causal: bool = True,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        memory: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor | Part:
+        """Attend.
+
+        `x` [batch, seq, d_model]; `mask` [batch, kv], True for keys that may be seen; `positions` [batch, seq]
+        (default: counted from the cache's length); `memory` [batch, kv, d_model] makes it cross-attention (then
+        `causal` is False and there are no rotary positions). With a `cache` the keys of earlier calls come first,
+        `kv` counts them, and causality is bottom-right: query i sees keys up to ``kv - seq + i``.
+        """
+
+    def create_cache(self, batch: int, max_seq_len: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
+        """An empty cache for at most `max_seq_len` tokens."""
+
+
+class FFNLayer(Protocol):
+    """An `nn.Module` that maps each token by itself."""
+
+    def __call__(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor | Part:
+        """`x` [batch, seq, d_model]; `mask` [batch, seq], True for tokens that count in losses and metrics."""
+
+
+class Switchable(Protocol):
+    """A part that a plugin's switch governs: inert until `active`, and then of full effect."""
+
+    active: bool
+
+
+def as_part(result: Tensor | Part) -> Part:
+    """A `Part` of whatever a layer returned."""
+    return result if isinstance(result, Part) else Part(result)
