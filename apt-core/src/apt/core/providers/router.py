@@ -26,11 +26,14 @@ class RouterProvider(Provider):
         """The router's parameters and buffers."""
 
     @abstractmethod
-    def route(self, router: nn.Module, inputs: Tensor, train: bool = True) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def route(
+        self, router: nn.Module, inputs: Tensor, train: bool = True, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Route `inputs` [batch, seq, d_model].
 
         Returns the experts' indices [batch, seq, top_k], their weights [batch, seq, top_k] (>= 0), and the auxiliary
-        losses by name, already multiplied by their coefficients.
+        losses by name, already multiplied by their coefficients. A token where `mask` [batch, seq] is False is routed
+        but does not count in the losses.
         """
 
     @abstractmethod
@@ -49,6 +52,10 @@ class RouterProvider(Provider):
     ) -> int:
         """Tokens that one expert takes at most: ``max(top_k, int(batch*seq*top_k/num_experts*capacity_factor))``."""
         return max(top_k, int(batch_size * seq_len * top_k / num_experts * capacity_factor))
+
+    def observe(self, router: nn.Module, inputs: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+        """Metrics of how `inputs` [batch, seq, d_model] are routed, detached; asked for in evaluation."""
+        return {}
 
     def supports_dynamic_capacity(self) -> bool:
         """Whether the capacity may change while training."""

@@ -1,0 +1,114 @@
+"""Bringing each token to its experts and back: sort by expert once, work on contiguous rows, undo the sort.
+
+Everything has a static shape and stays on the device: how many rows each expert has is a tensor, never a Python number.
+
+Where capacity is limited, an expert takes tokens in the order of their positions. Served by score, or first choices
+first, a later token could push out an earlier one: the future would change the past. Padding is served last.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Plan(NamedTuple):
+    """Where every assignment goes; an assignment is one (token, choice) pair, numbered ``token * k + choice``.
+
+    Rows are assignments in the experts' order; those that found no room come after all experts' rows.
+    """
+
+    order: Tensor
+    """[rows] the assignment that stands in each row."""
+    inverse: Tensor
+    """[assignments] the row of each assignment."""
+    experts: Tensor
+    """[rows] the expert of each row."""
+    offsets: Tensor
+    """[experts] int32: where each expert's rows end; rows from offsets[-1] on were dropped."""
+    kept: Tensor | None
+    """[assignments] whether it found room; None where nothing is ever dropped."""
+    top_k: int
+
+
+def plan(indices: Tensor, num_experts: int, *, limit: Tensor | None = None, counted: Tensor | None = None) -> Plan:
+    """Plan the dispatch of `indices` [tokens, k]. `limit` is a scalar: the rows an expert takes at most.
+
+    `counted` [tokens] is False for padding, which takes only the room that other tokens leave.
+    """
+    top_k = indices.shape[1]
+    flat = indices.reshape(-1)
+    rows = torch.arange(flat.numel(), device=flat.device)
+    key = flat
+    if limit is not None and counted is not None:
+        key = 2 * flat + (~counted).long().repeat_interleave(top_k)
+    order = key.argsort(stable=True)
+    experts = flat[order]
+    counts = count(flat, num_experts)
+    kept = None
+    if limit is not None:
+        rank = rows - (counts.cumsum(0) - counts)[experts]
+        found_room = rank < limit
+        to_front = (~found_room).long().argsort(stable=True)
+        order, experts, found_room = order[to_front], experts[to_front], found_room[to_front]
+        counts = counts.minimum(limit)
+        kept = torch.empty_like(found_room).scatter_(0, order, found_room)
+    inverse = torch.empty_like(order).scatter_(0, order, rows)
+    return Plan(order, inverse, experts, counts.cumsum(0).to(torch.int32), kept, top_k)
+
+
+def count(experts: Tensor, num_experts: int, counted: Tensor | None = None) -> Tensor:
+    """How often each expert occurs in `experts` [assignments], an integer tensor [experts]."""
+    ones = torch.ones_like(experts) if counted is None else counted.to(experts.dtype)
+    return experts.new_zeros(num_experts).scatter_add_(0, experts, ones)
+
+
+def dispatch(tokens: Tensor, plan: Plan) -> Tensor:
+    """The rows [rows, d_model] of `tokens` [tokens, d_model]; its gradient is a gather and a sum over k, no atomics."""
+    rows: Tensor = _Dispatch.apply(tokens, plan.order, plan.inverse, plan.top_k)  # type: ignore[no-untyped-call]
+    return rows
+
+
+def combine(rows: Tensor, weights: Tensor, plan: Plan) -> Tensor:
+    """sum_j w_j row_j over each token's choices: [tokens, d_model], in float32 where `weights` [tokens, k] are.
+
+    The weight multiplies the expert's output, not its input, so that equal experts with weights that sum to 1 are the
+    one expert. A dropped assignment adds nothing.
+    """
+    if plan.kept is not None:
+        weights = weights * plan.kept.view_as(weights)
+    outputs: Tensor = _Permute.apply(rows, plan.inverse, plan.order)  # type: ignore[no-untyped-call]
+    return (outputs.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(1)
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(tokens: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
+        return tokens.index_select(0, order // top_k)
+
+    @staticmethod
+    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        _, _, inverse, ctx.top_k = inputs  # type: ignore[attr-defined]
+        ctx.save_for_backward(inverse)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        (inverse,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grad.index_select(0, inverse).view(-1, ctx.top_k, grad.shape[1]).sum(1), None, None, None  # type: ignore[attr-defined]
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (inverse,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grad.index_select(0, inverse), None, None

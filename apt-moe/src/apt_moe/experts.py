@@ -1,0 +1,149 @@
+"""Many experts as one layer: any provider's feed-forward layer, with every parameter stacked to [experts, ...].
+
+The stacked layer keeps its class and its parameters' names. Running it under `_Grouped` turns each of its linear maps
+into one grouped product over all experts' rows; everything between them (activations, gates, dropout) works on rows
+and does not ask whose they are. A layer that uses its parameters in any other way (a norm's gain, a scale of its own)
+is found out when it is built, by a trial on the meta device, and is then run expert by expert instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from apt.errors import Fault, OptionsError
+from apt.layers import Part, as_part
+from apt_moe.grouped import grouped_linear
+
+if TYPE_CHECKING:
+    from apt.core.providers import FFNProvider
+
+
+class Experts(nn.Module):
+    """`num_experts` independent layers of one provider, run together on rows that are sorted by expert."""
+
+    def __init__(
+        self, provider: FFNProvider, num_experts: int, d_model: int, d_ff: int, dropout: float, activation: str
+    ) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.layer = _stacked(provider, num_experts, (d_model, d_ff, dropout, activation))
+        self.grouped = _can_group(provider, (d_model, d_ff, dropout, activation))
+
+    def forward(self, rows: Tensor, offsets: Tensor, experts: Tensor) -> Tensor:
+        """`rows` [rows, d_model] -> the same; `offsets` [experts] and `experts` [rows] as in `apt_moe.dispatch.Plan`.
+
+        What comes out for rows that no expert owns is finite and otherwise unspecified.
+        """
+        if self.grouped:
+            with _Grouped(offsets, experts):
+                return _output(self.layer(rows.unsqueeze(0))).squeeze(0)
+        return self._one_by_one(rows, offsets)
+
+    def _one_by_one(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        # unbind, not weight[e]: each index would make a gradient of the full stack's size.
+        stacks = {name: stack.unbind(0) for name, stack in self.layer.named_parameters()}
+        pieces, start = [], 0
+        for expert, end in enumerate(offsets.tolist()):
+            if end > start:
+                weights = {name: stack[expert] for name, stack in stacks.items()}
+                piece = torch.func.functional_call(self.layer, weights, (rows[start:end].unsqueeze(0),))
+                pieces.append(_output(piece).squeeze(0))
+            start = end
+        pieces.append(rows.new_zeros(rows.shape[0] - start, rows.shape[1]))
+        return torch.cat(pieces)
+
+
+class _Grouped(TorchFunctionMode):
+    """While it is on, a linear map with a stacked weight [experts, out, in] is a grouped product."""
+
+    def __init__(self, offsets: Tensor, experts: Tensor) -> None:
+        super().__init__()
+        self.offsets, self.experts = offsets, experts
+
+    def __torch_function__(
+        self, func: object, types: object, args: tuple[Tensor, ...] = (), kwargs: Mapping[str, Tensor] | None = None
+    ) -> object:
+        if func is functional.linear and args[1].dim() == 3:
+            return _linear(self.offsets, self.experts, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))  # type: ignore[operator]
+
+
+class _Trial(_Grouped):
+    """Notices whether a stacked parameter is used by anything but a linear map."""
+
+    def __init__(self, stacks: Iterable[Tensor]) -> None:
+        super().__init__(torch.zeros(2, dtype=torch.int32, device="meta"), torch.zeros(4, dtype=torch.long, device="meta"))
+        self.stacks = {id(stack) for stack in stacks}
+        self.passed = True
+
+    def __torch_function__(
+        self, func: object, types: object, args: tuple[Tensor, ...] = (), kwargs: Mapping[str, Tensor] | None = None
+    ) -> object:
+        result = super().__torch_function__(func, types, args, kwargs)
+        used = [id(value) in self.stacks for value in (*args, *(kwargs or {}).values())]
+        as_weights = func is functional.linear and not used[0] and args[1].dim() == 3
+        if any(used) and isinstance(result, Tensor) and not as_weights:
+            self.passed = False
+        return result
+
+
+def _linear(offsets: Tensor, experts: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    rows = grouped_linear(input.reshape(-1, input.shape[-1]), weight, bias, offsets, experts)
+    return rows.view(*input.shape[:-1], rows.shape[-1])
+
+
+def _stacked(provider: FFNProvider, num_experts: int, sizes: tuple[int, int, float, str]) -> nn.Module:
+    """A layer whose parameters are those of `num_experts` layers, each initialised by itself."""
+    layers = (_made(provider, sizes) for _ in range(num_experts))
+    stacked = next(layers)
+    stacks = {}
+    for name, parameter in list(stacked.named_parameters()):
+        stacks[name] = torch.empty(num_experts, *parameter.shape, dtype=parameter.dtype, device=parameter.device)
+        stacks[name][0] = parameter.detach()
+    for expert, layer in enumerate(layers, start=1):
+        for name, parameter in layer.named_parameters():
+            stacks[name][expert] = parameter.detach()
+    _replace(stacked, stacks)
+    return stacked
+
+
+def _can_group(provider: FFNProvider, sizes: tuple[int, int, float, str]) -> bool:
+    """Whether the provider's layer touches its parameters through linear maps alone."""
+    with torch.device("meta"):
+        layer = _made(provider, sizes)
+        _replace(layer, {name: torch.empty(2, *p.shape, dtype=p.dtype) for name, p in layer.named_parameters()})
+        rows = torch.empty(1, 4, sizes[0])
+    with torch.no_grad(), _Trial(layer.parameters()) as trial:
+        try:
+            output = _output(layer(rows))
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            return False  # stacked parameters have shapes that this layer's own arithmetic cannot take
+    return trial.passed and output.shape == rows.shape
+
+
+def _made(provider: FFNProvider, sizes: tuple[int, int, float, str]) -> nn.Module:
+    layer = provider.create_layer(*sizes)
+    if not isinstance(layer, nn.Module):
+        raise TypeError(f"ffn.{provider.get_name()} makes {type(layer).__name__}, which is no torch.nn.Module")
+    return layer
+
+
+def _replace(layer: nn.Module, stacks: Mapping[str, Tensor]) -> None:
+    for name, stack in stacks.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(layer.get_submodule(owner), attribute, nn.Parameter(stack))
+
+
+def _output(result: Tensor | Part) -> Tensor:
+    part = as_part(result)
+    if part.losses:
+        raise OptionsError(
+            "ffn", "moe", [Fault("expert", f"an expert cannot bring losses of its own ({', '.join(part.losses)})")]
+        )
+    return part.output

@@ -1,0 +1,67 @@
+"""The stateless mathematics of routing.
+
+Symbols: N tokens, E experts, k experts a token. Everything here is float32 or integer, whatever the model's dtype is:
+the losses are means over many tokens, and a capacity must not depend on rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def load_balance_loss(logits: Tensor, expert_mask: Tensor) -> Tensor:
+    """E sum_e f_e P_e: 1 when the load is balanced, towards E / k when k experts take everything.
+
+    `logits` [tokens, experts]; `expert_mask` [tokens, experts] is 1 where the token is sent to the expert. f_e is the
+    share of all assignments that expert e gets (it sums to 1, so the balanced value does not depend on k), P_e the mean
+    probability of expert e. f has no gradient, P has. A token that is sent nowhere (padding) does not count. Under
+    data parallelism f is that of the global batch (arXiv:2501.11873).
+
+    Fedus et al. 2021, arXiv:2101.03961, eq. 4-6.
+    """
+    sent = expert_mask.detach().to(torch.float32)
+    counts = over_ranks(sent.sum(0))
+    share = counts / counts.sum().clamp(min=1)
+    counted = sent.any(-1)
+    probability = logits.float().softmax(-1) * counted.unsqueeze(-1)
+    mean_probability = probability.sum(0) / counted.sum().clamp(min=1)
+    return logits.shape[-1] * (share * mean_probability).sum()
+
+
+def z_loss(logits: Tensor, counted: Tensor | None = None) -> Tensor:
+    """mean (logsumexp logits)^2 over the tokens where `counted` [tokens] is True: keeps the router's logits small.
+
+    Zoph et al. 2022, arXiv:2202.08906, eq. 5.
+    """
+    squares = logits.float().logsumexp(-1).square()
+    if counted is None:
+        return squares.mean()
+    return (squares * counted).sum() / counted.sum().clamp(min=1)
+
+
+def entropy(probabilities: Tensor, counted: Tensor | None = None) -> Tensor:
+    """The mean entropy of [tokens, experts] in nats; log E for a router that has not learnt anything."""
+    entropies = torch.special.entr(probabilities).sum(-1)
+    if counted is None:
+        return entropies.mean()
+    return (entropies * counted).sum() / counted.sum().clamp(min=1)
+
+
+def capacity(assignments: int, experts: int, top_k: int, factor: Tensor) -> Tensor:
+    """The rows that one expert takes at most: max(k, floor(N k / E * factor)), a scalar that stays on the device.
+
+    It equals `RouterProvider.get_capacity`; `factor` is a tensor so that a schedule can move it without
+    recompilation, and infinity means no limit.
+    """
+    limit = (factor.double() * (assignments / experts)).floor()
+    return limit.clamp(min=top_k, max=assignments).long()
+
+
+def over_ranks(counts: Tensor) -> Tensor:
+    """Counts summed over the ranks of a data-parallel run; alone, the counts themselves."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        counts = counts.clone()
+        distributed.all_reduce(counts)
+    return counts
