@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from apt.errors import Fault, OptionsError
 from apt.layers import Part, as_part
@@ -74,23 +75,30 @@ class _Grouped(TorchFunctionMode):
         return func(*args, **(kwargs or {}))  # type: ignore[operator]
 
 
+class _NotLinear(Exception):
+    """A stacked parameter is used by something that is not a linear map."""
+
+
 class _Trial(_Grouped):
-    """Notices whether a stacked parameter is used by anything but a linear map."""
+    """Raises `_NotLinear` where a stacked parameter is used by anything but a linear map."""
 
     def __init__(self, stacks: Iterable[Tensor]) -> None:
         super().__init__(torch.zeros(2, dtype=torch.int32, device="meta"), torch.zeros(4, dtype=torch.long, device="meta"))
         self.stacks = {id(stack) for stack in stacks}
-        self.passed = True
 
     def __torch_function__(
         self, func: object, types: object, args: tuple[Tensor, ...] = (), kwargs: Mapping[str, Tensor] | None = None
     ) -> object:
-        result = super().__torch_function__(func, types, args, kwargs)
-        used = [id(value) in self.stacks for value in (*args, *(kwargs or {}).values())]
-        as_weights = func is functional.linear and not used[0] and args[1].dim() == 3
-        if any(used) and isinstance(result, Tensor) and not as_weights:
-            self.passed = False
-        return result
+        used = [id(value) in self.stacks for value in tree_leaves((args, kwargs))]
+        if not any(used) or (func is functional.linear and not used[0] and args[1].dim() == 3):
+            return super().__torch_function__(func, types, args, kwargs)
+        try:
+            result = super().__torch_function__(func, types, args, kwargs)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise _NotLinear from error  # a shape that one expert's arithmetic cannot take
+        if any(isinstance(value, Tensor) for value in tree_leaves(result)):
+            raise _NotLinear
+        return result  # its shape, its dtype
 
 
 def _linear(offsets: Tensor, experts: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -119,12 +127,12 @@ def _can_group(provider: FFNProvider, sizes: tuple[int, int, float, str]) -> boo
         layer = _made(provider, sizes)
         _replace(layer, {name: torch.empty(2, *p.shape, dtype=p.dtype) for name, p in layer.named_parameters()})
         rows = torch.empty(1, 4, sizes[0])
-    with torch.no_grad(), _Trial(layer.parameters()) as trial:
-        try:
-            output = _output(layer(rows))
-        except (RuntimeError, TypeError, ValueError, IndexError):
-            return False  # stacked parameters have shapes that this layer's own arithmetic cannot take
-    return trial.passed and output.shape == rows.shape
+    try:
+        with torch.no_grad(), _Trial(layer.parameters()):
+            layer(rows)
+    except _NotLinear:
+        return False
+    return True
 
 
 def _made(provider: FFNProvider, sizes: tuple[int, int, float, str]) -> nn.Module:

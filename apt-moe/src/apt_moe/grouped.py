@@ -21,8 +21,9 @@ def grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: T
     `rows` [rows, in], sorted by expert; `weight` [experts, out, in]; `bias` [experts, out]; `offsets` [experts] int32,
     where each expert's rows end; `experts` [rows]. Under autocast it computes in autocast's dtype.
     """
-    if torch.is_autocast_enabled(rows.device.type):
-        dtype = torch.get_autocast_dtype(rows.device.type)
+    device = rows.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
         rows, weight = rows.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     product = torch.ops.apt_moe.grouped_mm(rows, weight, offsets)

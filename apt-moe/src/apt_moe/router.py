@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -30,5 +32,6 @@ class LinearRouter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., d_model] -> scores [..., experts] in float32."""
-        with torch.autocast(x.device.type, enabled=False):
+        device = x.device.type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             return functional.linear(x.float(), self.weight.float()) / self.temperature

@@ -1,0 +1,90 @@
+"""What apt-align offers: aligners, as options and factories without PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from apt.core.providers import AlignProvider
+from apt.core.providers.align import Metric
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from apt_align.aligner import Aligner
+
+
+class BiState(AlignProvider):
+    """Draws together two states of the same tokens (see `apt_align.aligner.Aligner`).
+
+    `state` says where the two come from: `dropout`, two passes with different dropout (it doubles forward and
+    backward); `layer`, the last layer and an earlier one of the same pass (nearly free).
+    """
+
+    api_level: ClassVar[int] = 1
+    scheduled: ClassVar[Mapping[str, str]] = {"align_weight": "weight"}
+
+    alpha: float = Field(default=0.35, ge=0, description="how strongly the stable state teaches")
+    beta: float = Field(default=0.20, ge=0, description="how far the stable state follows")
+    tau_align: float = Field(default=0.15, gt=0, description="the temperature of nce")
+    kl_temperature: float = Field(default=1.0, gt=0, description="softens the logits that kl compares")
+    state: Literal["dropout", "layer"] = Field(default="dropout", description="where the second state comes from")
+    layer: int | None = Field(default=None, ge=0, description="for state layer, the earlier block; none: the middle one")
+    metric: Metric | None = Field(
+        default=None, description="distance; none: kl of the logits between passes, cosine between layers"
+    )
+    rank_ratio: float = Field(
+        default=0.1, gt=0, le=1, description="width of the subspace in which compute_alignment mixes, as a share of d_model"
+    )
+    weight: float = Field(default=1.0, ge=0, description="multiplies the loss; the schedule align_weight moves it")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> BiState:
+        if self.state == "layer" and self.metric == "kl":
+            raise ValueError("state layer compares hidden states, which are no logits; metric: cosine, l2 or nce")
+        if self.state != "layer" and self.layer is not None:
+            raise ValueError(f"layer: {self.layer} is for state: layer, not for state: {self.state}")
+        return self
+
+    @property
+    def distance(self) -> Metric:
+        """The metric in use."""
+        return self.metric or ("cosine" if self.state == "layer" else "kl")
+
+    def create_aligner(self, d_model: int, alpha: float | None = None, beta: float | None = None) -> Aligner:
+        """An aligner; `alpha` and `beta` are the options' values where they are not given."""
+        from apt_align.aligner import Aligner
+
+        return Aligner(
+            self, d_model, self.alpha if alpha is None else alpha, self.beta if beta is None else beta
+        )
+
+    def compute_alignment(
+        self, aligner: nn.Module, state_1: Tensor, state_2: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `AlignProvider.compute_alignment`; the loss is not yet multiplied by the scheduled weight."""
+        from apt_align.aligner import Aligner
+
+        if not isinstance(aligner, Aligner):
+            raise TypeError(f"{self.get_name()} computes with its own aligners, not with {type(aligner).__name__}")
+        return aligner.mix(state_1, state_2), aligner(state_1, state_2, mask)
+
+    def compute_consistency_loss(
+        self, state_1: Tensor, state_2: Tensor, metric: Metric = "cosine", mask: Tensor | None = None
+    ) -> Tensor:
+        """The distance from `state_1`, the teacher, to `state_2`; for kl both are logits."""
+        from apt_align import functional
+
+        if metric == "kl":
+            distances = functional.kl(state_1, state_2, self.kl_temperature)
+        elif metric == "nce":
+            distances = functional.nce(state_1, state_2, self.tau_align, mask)
+        else:
+            distances = {"cosine": functional.cosine, "l2": functional.l2}[metric](state_1, state_2)
+        return functional.mean(distances, mask)
+
+    def supports_asymmetric_alignment(self) -> bool:
+        """alpha and beta weigh the two directions."""
+        return True
