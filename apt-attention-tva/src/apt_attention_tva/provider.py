@@ -1,0 +1,112 @@
+"""What this package offers: `tva_default` and `autopoietic` attention. Importing it needs no PyTorch."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from apt.core.providers import AttentionProvider
+from apt.errors import Fault, OptionsError
+
+if TYPE_CHECKING:
+    from apt_attention_tva.tva import TriVeinAttention
+
+
+class _Heads(AttentionProvider):
+    """The options that both attentions share."""
+
+    num_kv_heads: int | None = Field(
+        default=None, ge=1, description="heads of keys and values, each shared by a group of query heads; none: as many"
+    )
+    rope_theta: float | None = Field(
+        default=10_000.0, gt=1, description="base of the rotary positions; none: no positions at all"
+    )
+
+    def get_kv_heads(self, num_heads: int) -> int:
+        """Heads of keys and values in a layer of `num_heads`."""
+        return num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    def get_head_width(self, d_model: int, num_heads: int) -> int:
+        """d = d_model / num_heads. Raises `apt.errors.OptionsError` where the numbers of heads do not divide."""
+        if d_model % num_heads:
+            raise self._refuse("num_heads", f"{num_heads} heads do not divide d_model {d_model}")
+        if num_heads % self.get_kv_heads(num_heads):
+            raise self._refuse("num_kv_heads", f"{self.num_kv_heads} does not divide the model's {num_heads} heads")
+        return d_model // num_heads
+
+    def _refuse(self, option: str, what: str, hint: str = "") -> OptionsError:
+        where = "model" if option == "num_heads" else "model.attention"
+        return OptionsError(self.kind, self.get_name(), [Fault(f"{where}.{option}", what, hint)])
+
+
+class TVA(_Heads):
+    """Tri-Vein Attention: heads of rank r behind one learned projector, with a cache of rank width.
+
+    Without the compensator (`s: 0`) it can express exactly what attention with heads of width r can.
+    """
+
+    r: int = Field(default=4, ge=1, description="compression ratio: rank = head width // r, at least 2, rounded up to even")
+    rank: int | None = Field(default=None, ge=1, description="the rank itself, in place of r")
+    per_head: bool = Field(default=False, description="a projector for each key-value head, not one for the layer")
+    scale: Literal["rank", "head"] = Field(
+        default="rank", description="scores over sqrt(rank), or over sqrt(head width) as a converted model needs it"
+    )
+    s: int = Field(default=0, ge=0, description="normals of the compensator; 0: no compensator")
+    tau: float = Field(default=0.18, ge=0, le=1, description="lost share of energy above which a state is compensated")
+    subspace_loss: float = Field(
+        default=0.01, gt=0, description="weight of the loss that keeps the compensator's projector at the principal subspace"
+    )
+
+    def get_rank(self, d_model: int, num_heads: int) -> int:
+        """The width of queries, keys and values. Raises `apt.errors.OptionsError` where it does not fit the heads."""
+        width = self.get_head_width(d_model, num_heads)
+        rank = self.rank
+        if rank is None:
+            rank = max(2, width // self.r)
+            rank += rank % 2
+        if rank > width:
+            raise self._refuse("rank", f"rank {rank} exceeds the head width {width}", f"at most {width - width % 2}")
+        if rank % 2 and self.rope_theta is not None:
+            raise self._refuse("rank", f"rotary positions turn pairs, and {rank} is odd", f"{rank + 1}, or rope_theta: null")
+        return rank
+
+    def create_layer(self, d_model: int, num_heads: int, dropout: float = 0.0) -> TriVeinAttention:
+        """A layer of this width."""
+        from apt_attention_tva.compensator import Compensator
+        from apt_attention_tva.heads import Shape
+        from apt_attention_tva.tva import TriVeinAttention
+
+        rank, width = self.get_rank(d_model, num_heads), self.get_head_width(d_model, num_heads)
+        scale = 1 / math.sqrt(rank if self.scale == "rank" else width)
+        shape = Shape(d_model, num_heads, self.get_kv_heads(num_heads), width, scale, self.rope_theta)
+        compensator = (
+            Compensator(d_model, self.get_subspace_rank(d_model), self.s, self.tau, self.subspace_loss) if self.s else None
+        )
+        return TriVeinAttention(shape, rank, self.per_head, compensator, dropout)
+
+    def get_subspace_rank(self, d_model: int) -> int:
+        """The rank of the compensator's projector: d_model // r, at least 1."""
+        return max(1, d_model // self.r)
+
+    def get_parameter_count(self, d_model: int, num_heads: int) -> int:
+        """Trainable parameters of one layer, exactly."""
+        width, rank = self.get_head_width(d_model, num_heads), self.get_rank(d_model, num_heads)
+        kv_heads = self.get_kv_heads(num_heads)
+        projections = 2 * d_model * width * (num_heads + kv_heads)
+        projectors = 2 * rank * width * (kv_heads if self.per_head else 1)
+        compensator = d_model * self.get_subspace_rank(d_model) + self.s * (3 * d_model + 1) if self.s else 0
+        return projections + projectors + compensator
+
+    def get_flops_estimate(self, seq_len: int, d_model: int, num_heads: int) -> int:
+        """Floating-point operations of one forward pass over one sequence."""
+        raise NotImplementedError
+
+    def get_memory_estimate(self, seq_len: int, d_model: int, num_heads: int, batch_size: int = 1) -> int:
+        """Bytes that one float32 training forward keeps for the backward pass."""
+        raise NotImplementedError
+
+    def get_cache_size(self, d_model: int, num_heads: int) -> int:
+        """2 H_kv r numbers a token."""
+        return 2 * self.get_kv_heads(num_heads) * self.get_rank(d_model, num_heads)
