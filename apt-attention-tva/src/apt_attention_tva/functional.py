@@ -18,15 +18,6 @@ def orthonormal(count: int, rank: int, width: int) -> Tensor:
     return (basis * triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)).transpose(-2, -1).contiguous()
 
 
-def composing_pays(tokens: int, d_model: int, d_head: int, rank: int) -> bool:
-    """Whether ``(P W) x`` costs fewer multiplications than ``P (W x)`` for so many tokens.
-
-    Per head, P W costs r d D once and then r D a token, against d D + r d a token. At r = d / 2 it pays from about d
-    tokens on, so training composes the weights and a decoding step does not.
-    """
-    return tokens * (d_model * d_head + rank * d_head - d_model * rank) > rank * d_head * d_model
-
-
 def compose_down(weight: Tensor, down: Tensor) -> Tensor:
     """(I (x) P) W: `weight` [heads * d, D] and `down` [n, r, d], n being 1 or heads, give [heads * r, D]."""
     heads = weight.unflatten(0, (-1, down.shape[-1]))

@@ -9,8 +9,10 @@ from pydantic import Field
 
 from apt.core.providers import AttentionProvider
 from apt.errors import Fault, OptionsError
+from apt_attention_tva.costs import composing_pays, visited_scores
 
 if TYPE_CHECKING:
+    from apt_attention_tva.autopoietic import AutopoieticAttention
     from apt_attention_tva.tva import TriVeinAttention
 
 
@@ -100,8 +102,15 @@ class TVA(_Heads):
         return projections + projectors + compensator
 
     def get_flops_estimate(self, seq_len: int, d_model: int, num_heads: int) -> int:
-        """Floating-point operations of one forward pass over one sequence."""
-        raise NotImplementedError
+        """Floating-point operations of one forward pass over one sequence, the causal half not deducted."""
+        width, rank = self.get_head_width(d_model, num_heads), self.get_rank(d_model, num_heads)
+        heads = 2 * (num_heads + self.get_kv_heads(num_heads))  # those of q, k, v and of the output
+        if composing_pays(seq_len, d_model, width, rank):
+            projections = heads * rank * d_model * (width + seq_len)
+        else:
+            projections = heads * width * seq_len * (d_model + rank)
+        compensator = seq_len * d_model * (2 * self.get_subspace_rank(d_model) + 3 * self.s) if self.s else 0
+        return 2 * (projections + 2 * num_heads * rank * seq_len**2 + compensator)
 
     def get_memory_estimate(self, seq_len: int, d_model: int, num_heads: int, batch_size: int = 1) -> int:
         """Bytes that one float32 training forward keeps for the backward pass."""
@@ -110,3 +119,53 @@ class TVA(_Heads):
     def get_cache_size(self, d_model: int, num_heads: int) -> int:
         """2 H_kv r numbers a token."""
         return 2 * self.get_kv_heads(num_heads) * self.get_rank(d_model, num_heads)
+
+
+class Autopoietic(_Heads):
+    """Attention whose scores are mixed over heads (alpha), bent by a small learned map (epsilon, sr_ratio), and divided
+    by a learned temperature (init_tau) that follows each row's entropy (beta). At 0, 0, 0 and 1 it is ordinary attention.
+    """
+
+    epsilon: float = Field(default=0.08, ge=0, le=1, description="weight of the learned map of scores")
+    alpha: float = Field(default=0.0008, ge=0, le=1, description="share of the heads' mean score in each head's")
+    beta: float = Field(default=0.003, ge=0, le=1, description="how far the temperature follows a row's entropy")
+    sr_ratio: int = Field(default=6, ge=1, description="hidden units of the learned map: d_model // sr_ratio, at least 16")
+    init_tau: float = Field(default=1.3, gt=0.5, lt=2, description="the temperature that training starts with")
+
+    def get_hidden_width(self, d_model: int) -> int:
+        """Hidden units of the learned map: max(16, d_model // sr_ratio), none where epsilon is 0."""
+        return max(16, d_model // self.sr_ratio) if self.epsilon else 0
+
+    def create_layer(self, d_model: int, num_heads: int, dropout: float = 0.0) -> AutopoieticAttention:
+        """A layer of this width."""
+        from apt_attention_tva.autopoietic import AutopoieticAttention
+        from apt_attention_tva.heads import Shape
+
+        width = self.get_head_width(d_model, num_heads)
+        shape = Shape(d_model, num_heads, self.get_kv_heads(num_heads), width, 1 / math.sqrt(width), self.rope_theta)
+        return AutopoieticAttention(
+            shape, self.alpha, self.beta, self.epsilon, self.get_hidden_width(d_model), self.init_tau, dropout
+        )
+
+    def get_parameter_count(self, d_model: int, num_heads: int) -> int:
+        """Trainable parameters of one layer, exactly."""
+        width = self.get_head_width(d_model, num_heads)
+        projections = 2 * d_model * width * (num_heads + self.get_kv_heads(num_heads))
+        return projections + 3 * self.get_hidden_width(d_model) + 1
+
+    def get_flops_estimate(self, seq_len: int, d_model: int, num_heads: int) -> int:
+        """Floating-point operations of the matrix products of one forward pass over one sequence.
+
+        Keys behind a block of queries are not computed, so here a part of the causal half is deducted.
+        """
+        width = self.get_head_width(d_model, num_heads)
+        projections = 2 * seq_len * d_model * width * (num_heads + self.get_kv_heads(num_heads))
+        return 2 * (projections + 2 * d_model * visited_scores(seq_len))
+
+    def get_memory_estimate(self, seq_len: int, d_model: int, num_heads: int, batch_size: int = 1) -> int:
+        """Bytes that one float32 training forward keeps for the backward pass."""
+        raise NotImplementedError
+
+    def get_cache_size(self, d_model: int, num_heads: int) -> int:
+        """2 H_kv d numbers a token."""
+        return 2 * self.get_kv_heads(num_heads) * self.get_head_width(d_model, num_heads)
