@@ -1,0 +1,84 @@
+"""Provider code that lies in a file beside the profile: ``attention: {provider: ./my_attention.py:Mine, r: 4}``.
+
+Running a file that a profile names is running a stranger's program, so it needs leave. A file is run only when
+1. the profile was given on the command line (or the caller of `Registry.allow_local_code` says so), and the file lies in
+   that profile's folder or below it, links followed; or
+2. ``--allow-local-code`` was given: then any file.
+A checkpoint's profile is never given on the command line, so only the flag lets its code run. The digest of what was
+run is recorded; the bytes that are hashed are the bytes that are run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from apt.core.discovery import FILE, ProviderRecord
+from apt.errors import ProviderBrokenError, ProviderDisabledError, ProviderNotFoundError
+
+_LOCAL = re.compile(r"(?P<file>.*\.py):(?P<attribute>[A-Za-z_]\w*)")
+HOW = "give the profile on the command line from the folder that holds the file, or add --allow-local-code"
+
+
+@dataclass(frozen=True)
+class LocalCode:
+    """Leave to run provider code in files under `folder`; `anywhere` lifts the restriction to that folder."""
+
+    folder: Path
+    anywhere: bool = False
+
+
+def is_local(name: str) -> bool:
+    """Whether a provider's name means code in a file."""
+    return _LOCAL.fullmatch(name) is not None
+
+
+def read_local(kind: str, name: str, leave: LocalCode | None) -> tuple[ProviderRecord, bytes]:
+    """The record of local code and the bytes of its file; nothing is run.
+
+    Raises `ProviderDisabledError` without leave, `ProviderNotFoundError` where there is no such file.
+    """
+    match = _LOCAL.fullmatch(name)
+    if match is None:
+        raise ProviderNotFoundError(kind, name, f"{name!r} is not of the form ./file.py:Class")
+    if leave is None:
+        raise ProviderDisabledError(kind, name, f"{name}: code in a file is not run unasked; {HOW}")
+    folder = leave.folder.resolve()
+    path = (folder / match["file"]).resolve()
+    if not leave.anywhere and not path.is_relative_to(folder):
+        raise ProviderDisabledError(kind, name, f"{name}: {path} lies outside of {folder}; {HOW}")
+    try:
+        code = path.read_bytes()
+    except OSError as error:
+        raise ProviderNotFoundError(kind, name, f"{name}: {path} cannot be read: {error.strerror}") from error
+    digest = hashlib.sha256(code).hexdigest()
+    record = ProviderRecord(kind, name, FILE, f"sha256:{digest[:12]}", match["attribute"], path=str(path), sha256=digest)
+    return record, code
+
+
+def run_local(record: ProviderRecord, code: bytes) -> object:
+    """Run the file once for each content, and return what the record names in it.
+
+    Raises `ProviderBrokenError` where it cannot be run or holds no such thing.
+    """
+    module_name = f"apt_local_{hashlib.sha256(record.path.encode()).hexdigest()[:8]}_{record.sha256[:12]}"
+    module = sys.modules.get(module_name)
+    if module is None:
+        module = ModuleType(module_name)
+        module.__file__ = record.path
+        sys.modules[module_name] = module  # classes in it look up their annotations there
+        try:
+            exec(compile(code, record.path, "exec"), module.__dict__)  # noqa: S102  leave was given in read_local
+        except (Exception, SystemExit) as error:
+            del sys.modules[module_name]
+            message = f"{record.name}: running {record.path} failed: {type(error).__name__}: {error}"
+            raise ProviderBrokenError(record.kind, record.name, message) from error
+    try:
+        return getattr(module, record.entry_point)
+    except AttributeError:
+        message = f"{record.name}: {record.path} holds no {record.entry_point}"
+        raise ProviderBrokenError(record.kind, record.name, message) from None

@@ -1,0 +1,91 @@
+"""What pydantic found wrong with a provider's options, in the one shape of all errors: where, what, what would be right."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from collections.abc import Iterable, Mapping
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from apt.core.provider import Provider
+from apt.errors import Fault, OptionsError, nearest
+
+PROVIDER_FAULT = "provider"
+"""The type of the pydantic error that stands for a nested provider which cannot be had."""
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> list[Fault]:
+    """The faults of options; `where` is the dotted path below the provider, empty for the options as a whole."""
+    faults: list[Fault] = []
+    for detail in error.errors(include_url=False):
+        where = ".".join(str(part) for part in detail["loc"])
+        cause = detail.get("ctx", {}).get("error")
+        if detail["type"] == PROVIDER_FAULT and isinstance(cause, OptionsError):
+            faults += [below(where, fault) for fault in relative(cause)]
+        elif detail["type"] == PROVIDER_FAULT:
+            faults.append(Fault(join(where, "provider"), str(cause) if cause else detail["msg"]))
+        else:
+            faults.append(_fault(where, detail, model))
+    return faults
+
+
+def relative(error: OptionsError) -> list[Fault]:
+    """The faults of an `OptionsError` with paths that begin below the provider."""
+    prefix = f"{error.kind}.{error.name}"
+    return [
+        Fault(fault.where.removeprefix(prefix).removeprefix("."), fault.what, fault.hint)
+        if fault.where == prefix or fault.where.startswith(prefix + ".")
+        else fault
+        for fault in error.faults
+    ]
+
+
+def below(where: str, fault: Fault) -> Fault:
+    """The fault with its path put under `where`."""
+    return Fault(join(where, fault.where), fault.what, fault.hint)
+
+
+def join(*parts: str) -> str:
+    """A dotted path of those parts that are not empty."""
+    return ".".join(part for part in parts if part)
+
+
+def canonical(options: Mapping[str, object]) -> str:
+    """One string for equal options, whatever the order of their keys."""
+    return json.dumps(options, sort_keys=True, default=_plain, separators=(",", ":"))
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Provider):
+        return [f"{type(value).__module__}:{type(value).__qualname__}", value.model_dump(mode="json")]
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=repr)
+    return repr(value)
+
+
+def _fault(where: str, detail: ErrorDetails, model: type[BaseModel]) -> Fault:
+    kind, message = detail["type"], detail["msg"]
+    if kind == "extra_forbidden":
+        known = _options(model, detail["loc"][:-1])
+        hint = " ".join(filter(None, (nearest(str(detail["loc"][-1]), known), f"options: {', '.join(known) or 'none'}")))
+        return Fault(where, "no such option", hint)
+    if kind == "missing":
+        return Fault(where, "must be given")
+    if kind in ("value_error", "assertion_error"):
+        return Fault(where, message.partition(", ")[2] or message)
+    return Fault(where, f"{reprlib.repr(detail['input'])} is not allowed", message[:1].lower() + message[1:])
+
+
+def _options(model: type[BaseModel], path: Iterable[int | str]) -> list[str]:
+    """The names of the options of the model at `path` below `model`."""
+    for part in path:
+        field = model.model_fields.get(str(part))
+        inner = None if field is None else field.annotation
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        model = inner
+    return [field.alias or name for name, field in model.model_fields.items()]

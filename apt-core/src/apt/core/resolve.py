@@ -1,0 +1,168 @@
+"""From a profile's names to providers: every fault of the profile that providers can know of, in one report.
+
+A profile names what it uses; nothing stands in for it unless the profile says so. Checked here: that each provider can be
+had and accepts its options, nested ones too; that nothing in use excludes anything else in use; that the schedules
+name plugins that are listed and values that something reads; that the tokenizer's ids fit the model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from apt.core.config import APTConfig, Choice
+from apt.core.exclusions import find_conflicts
+from apt.core.options import below, join, relative
+from apt.core.provider import Provider
+from apt.core.providers import Plugin, TokenizerProvider
+from apt.core.registry import Registry, Resolution
+from apt.errors import Fault, OptionsError, ProfileError, ProviderError, nearest
+
+_SWITCH = re.compile(r"enable_(?P<plugin>.+)_at_(?P<unit>epoch|step)")
+NOT_IN_A_DECODER = {"noncausal": "a decoder may not see the tokens that it is to predict"}
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A profile's providers."""
+
+    providers: Mapping[str, Provider]
+    """By kind: attention, ffn, data, tokenizer always; align and retrieval where the profile uses them."""
+    plugins: Mapping[str, Plugin]
+    """By name, in the profile's order, which is the order of their hooks."""
+    resolutions: tuple[Resolution, ...]
+    """What was asked for and what is used, for all of them, nested ones too."""
+    scheduled: Mapping[str, Provider]
+    """The values that a schedule may move, and the first provider that offers each."""
+
+    def parts(self) -> Iterator[tuple[str, Provider]]:
+        """Every provider with its dotted path in the profile, plugins and nested ones too."""
+        for resolution in self.resolutions:
+            yield resolution.where, resolution.provider
+
+
+def resolve_config(config: APTConfig, registry: Registry | None = None) -> Resolved:
+    """The providers of a profile. Raises `ProfileError` with every fault."""
+    return _Resolver(config, registry or _global()).resolve()
+
+
+def walk(provider: Provider, where: str = "") -> Iterator[tuple[str, Provider]]:
+    """The provider and those nested in its options, each with its dotted path; outer before inner."""
+    yield where, provider
+    for name in type(provider).model_fields:
+        yield from _nested(join(where, name), getattr(provider, name))
+
+
+def _nested(where: str, value: object) -> Iterator[tuple[str, Provider]]:
+    if isinstance(value, Provider):
+        yield from walk(value, where)
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from _nested(join(where, str(key)), each)
+    elif isinstance(value, list | tuple):
+        for index, each in enumerate(value):
+            yield from _nested(join(where, str(index)), each)
+
+
+def _global() -> Registry:
+    from apt.core.registry import registry
+
+    return registry
+
+
+class _Resolver:
+    """One pass over one profile, that collects faults as it goes."""
+
+    def __init__(self, config: APTConfig, registry: Registry) -> None:
+        self.config, self.registry = config, registry
+        self.faults: list[Fault] = []
+        self.resolutions: list[Resolution] = []
+        self.incomplete = False
+        """Some provider could not be had, so it is not known which values there are to schedule."""
+
+    def resolve(self) -> Resolved:
+        config = self.config
+        providers: dict[str, Provider] = {}
+        for kind in ("attention", "ffn"):
+            self._add(providers, kind, f"model.{kind}", config.choice(kind))
+        if "align" in config.plugins:
+            self._add(providers, "align", "model.align", config.choice("align"))
+        if config.retrieval_name != "none":
+            self._add(providers, "retrieval", "model.retrieval", config.choice("retrieval"))
+        self._add(providers, "data", "data", config.data.choice, key="source")
+        self._add(providers, "tokenizer", "data.tokenizer", config.data.tokenizer)
+        plugins = self._plugins()
+        scheduled: dict[str, Provider] = {}
+        for resolution in self.resolutions:
+            for value in resolution.provider.scheduled:
+                scheduled.setdefault(value, resolution.provider)
+        self._check_exclusions()
+        self._check_schedules(scheduled)
+        self._check_vocabulary(providers.get("tokenizer"))
+        if self.faults:
+            raise ProfileError(self.faults)
+        return Resolved(providers, plugins, tuple(self.resolutions), scheduled)
+
+    def _add(
+        self, providers: dict[str, Provider], kind: str, where: str, choice: Choice, key: str = "provider"
+    ) -> None:
+        provider = self._resolve(kind, where, choice, join(where, key))
+        if provider is not None:
+            providers[kind] = provider
+
+    def _resolve(self, kind: str, where: str, choice: Choice, named_at: str) -> Provider | None:
+        try:
+            resolution = self.registry.resolve(kind, choice)
+        except OptionsError as error:
+            self.incomplete = True
+            self.faults += [below(where, fault) for fault in relative(error)]
+            return None
+        except ProviderError as error:
+            self.incomplete = True
+            self.faults.append(Fault(named_at, str(error)))
+            return None
+        for path, provider in walk(resolution.provider):
+            found = Resolution.of(provider) if path else resolution
+            self.resolutions.append(replace(found, where=join(where, path)))
+        return resolution.provider
+
+    def _plugins(self) -> dict[str, Plugin]:
+        plugins: dict[str, Plugin] = {}
+        for name in self.config.plugins:
+            if name in plugins:
+                self.faults.append(Fault("plugins", f"{name!r} is listed twice"))
+                continue
+            options = self.config.options.get(f"plugin.{name}", {})
+            plugin = self._resolve("plugin", f"plugins.{name}", Choice(provider=name, options=options), "plugins")
+            if isinstance(plugin, Plugin):
+                plugins[name] = plugin
+        return plugins
+
+    def _check_exclusions(self) -> None:
+        used = [self.registry.used(resolution.where, resolution.provider) for resolution in self.resolutions]
+        ruled_out = NOT_IN_A_DECODER if self.config.architecture == "decoder" else {}
+        self.faults += find_conflicts(used, ruled_out)
+
+    def _check_schedules(self, scheduled: Mapping[str, Provider]) -> None:
+        listed = self.config.plugins
+        units: dict[str, str] = {}
+        for key in self.config.schedules:
+            where = f"schedules.{key}"
+            if switch := _SWITCH.fullmatch(key):
+                plugin = switch["plugin"]
+                if plugin not in listed:
+                    hint = nearest(plugin, listed) or f"add it: plugins: [{', '.join((*listed, plugin))}]"
+                    self.faults.append(Fault(where, f"the profile does not list the plugin {plugin!r}", hint))
+                elif plugin in units:
+                    self.faults.append(Fault(where, f"{units[plugin]} switches {plugin!r} on as well", "keep one"))
+                units.setdefault(plugin, key)
+            elif key not in scheduled and not self.incomplete:
+                known = f"it has: {', '.join(sorted(scheduled))}" if scheduled else "it has none"
+                hint = " ".join(filter(None, (nearest(key, scheduled), known)))
+                self.faults.append(Fault(where, "this model has no such value", hint))
+
+    def _check_vocabulary(self, tokenizer: Provider | None) -> None:
+        if isinstance(tokenizer, TokenizerProvider) and (size := tokenizer.get_vocab_size()) > self.config.vocab_size:
+            what = f"{self.config.vocab_size} is too small: the tokenizer {tokenizer.get_name()} has {size} ids"
+            self.faults.append(Fault("model.vocab_size", what, f"give at least {size}, or leave it out"))
