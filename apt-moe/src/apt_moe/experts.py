@@ -8,6 +8,7 @@ is found out when it is built, by a trial on the meta device, and is then run ex
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -128,7 +129,8 @@ def _can_group(provider: FFNProvider, sizes: tuple[int, int, float, str]) -> boo
         _replace(layer, {name: torch.empty(2, *p.shape, dtype=p.dtype) for name, p in layer.named_parameters()})
         rows = torch.empty(1, 4, sizes[0])
     try:
-        with torch.no_grad(), _Trial(layer.parameters()):
+        with torch.no_grad(), warnings.catch_warnings(), _Trial(layer.parameters()):
+            warnings.simplefilter("ignore")  # what odd shapes provoke here says nothing to anyone
             layer(rows)
     except _NotLinear:
         return False

@@ -35,8 +35,7 @@ def grouped_mm(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """[rows, in] by [experts, out, in] -> [rows, out]; rows behind the last offset give 0."""
     if _aligned(rows, weight):
         product = functional.grouped_mm(rows.contiguous(), weight.transpose(1, 2), offs=offsets)
-        dropped = torch.arange(rows.shape[0], device=rows.device) >= offsets[-1]
-        return product.masked_fill_(dropped.unsqueeze(1), 0)
+        return _clear_tail(product, offsets)
     product = rows.new_zeros(rows.shape[0], weight.shape[1])
     for expert, start, end in _spans(offsets):
         torch.mm(rows[start:end], weight[expert].t(), out=product[start:end])
@@ -94,8 +93,20 @@ def _(grad: tuple[int, int], rows: tuple[int, int], *args: object, **kwargs: obj
 
 
 def _aligned(*operands: Tensor) -> bool:
-    """Whether `torch.nn.functional.grouped_mm` takes these sizes: each a multiple of 16 bytes."""
+    """Whether `torch.nn.functional.grouped_mm` takes them: its dtypes, and sizes that are multiples of 16 bytes."""
+    if operands[0].dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
     return all(size * operand.element_size() % 16 == 0 for operand in operands for size in operand.shape[1:])
+
+
+def _clear_tail(product: Tensor, offsets: Tensor) -> Tensor:
+    """Zeros behind the last offset, where the kernel writes nothing."""
+    if product.device.type == "cpu":
+        product[int(offsets[-1]) :] = 0
+        return product
+    # On an accelerator the offset stays on the device: reading it would wait for everything queued so far.
+    tail = torch.arange(product.shape[0], device=product.device) >= offsets[-1]
+    return product.masked_fill_(tail.unsqueeze(1), 0)
 
 
 def _spans(offsets: Tensor) -> Iterator[tuple[int, int, int]]:

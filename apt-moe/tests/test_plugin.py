@@ -1,0 +1,115 @@
+"""The switch in mid-run, on a real model with a real optimizer."""
+
+import pytest
+import torch
+from torch import nn
+
+from apt.core.config import APTConfig
+from apt.hookspecs import RunState
+from apt.modeling.compose import ModelBuilder
+from apt.modeling.model import Decoder
+from apt.modeling.parts import set_active
+from apt_moe.layer import MixtureOfExperts
+from apt_moe.plugin import MoEPlugin
+
+CONFIG = APTConfig(
+    vocab_size=50,
+    d_model=16,
+    d_ff=24,
+    num_heads=2,
+    num_layers=2,
+    dropout=0.0,
+    attention_dropout=0.0,
+    max_seq_len=32,
+    attention_name="sdpa",
+    ffn_name="moe",
+    align_name="none",
+    options={"ffn": {"experts": 4, "capacity": 1.25}},
+    plugins=("moe",),
+)
+STATE = RunState(step=10, epoch=1, max_steps=20, max_epochs=2, plugins_on=("moe",))
+
+
+def step(model: Decoder, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    tokens = torch.randint(50, (8, 17))
+    output = model(tokens[:, :-1])
+    loss = nn.functional.cross_entropy(output.logits.flatten(0, 1), tokens[:, 1:].flatten())
+    (loss + sum(output.losses.values())).backward()
+    optimizer.step()
+
+
+@torch.no_grad()
+def evaluation_loss(model: Decoder) -> float:
+    model.eval()
+    tokens = torch.randint(50, (4, 17), generator=torch.Generator().manual_seed(1))
+    loss = nn.functional.cross_entropy(model(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten())
+    model.train()
+    return loss.item()
+
+
+@pytest.fixture
+def run() -> tuple[Decoder, torch.optim.AdamW]:
+    """A model whose experts are off, after five steps."""
+    torch.manual_seed(0)
+    model = ModelBuilder(CONFIG).build_model()
+    set_active(model, "moe", False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    for _ in range(5):
+        step(model, optimizer)
+    return model, optimizer
+
+
+def mixtures(model: nn.Module) -> list[MixtureOfExperts]:
+    return [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
+
+
+def test_before_the_switch_the_experts_are_left_alone(run: tuple[Decoder, torch.optim.AdamW]) -> None:
+    model, optimizer = run
+    for layer in mixtures(model):
+        for parameter in (*layer.experts.parameters(), *layer.router.parameters()):
+            assert parameter.grad is None
+            assert parameter not in optimizer.state
+
+
+def test_the_switch_keeps_the_evaluation_loss_and_copies_the_moments(run: tuple[Decoder, torch.optim.AdamW]) -> None:
+    model, optimizer = run
+    before = evaluation_loss(model)
+    set_active(model, "moe", True)
+    MoEPlugin().apt_phase_changed(STATE, "moe", model, optimizer)
+    assert len(mixtures(model)) == 2
+    assert evaluation_loss(model) == pytest.approx(before, abs=1e-5)
+    for layer in mixtures(model):
+        assert layer.dense is not None
+        for name, dense in layer.dense.named_parameters():
+            stack = layer.experts.layer.get_parameter(name)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                assert optimizer.state[dense][moment].abs().sum() > 0
+                for expert in optimizer.state[stack][moment]:
+                    assert expert.equal(optimizer.state[dense][moment])
+            assert optimizer.state[stack]["step"] == optimizer.state[dense]["step"] == 5
+
+
+def test_after_the_switch_every_expert_gets_tokens_and_gradient_and_they_part_ways(
+    run: tuple[Decoder, torch.optim.AdamW],
+) -> None:
+    model, optimizer = run
+    set_active(model, "moe", True)
+    MoEPlugin().apt_phase_changed(STATE, "moe", model, optimizer)
+    loads = model(torch.randint(50, (8, 16))).metrics["moe_load"]
+    assert (loads > 0).all()
+    step(model, optimizer)
+    for layer in mixtures(model):
+        assert (layer.router.weight.grad.abs().sum(1) > 0).all()
+        for stack in layer.experts.parameters():
+            assert all(gradient.abs().sum() > 0 for gradient in stack.grad)
+            assert not stack[0].equal(stack[1])
+
+
+def test_the_same_names_and_shapes_are_saved_in_every_phase(run: tuple[Decoder, torch.optim.AdamW]) -> None:
+    model, optimizer = run
+    before = {name: value.shape for name, value in model.state_dict().items()}
+    set_active(model, "moe", True)
+    MoEPlugin().apt_phase_changed(STATE, "moe", model, optimizer)
+    step(model, optimizer)
+    assert {name: value.shape for name, value in model.state_dict().items()} == before
