@@ -94,7 +94,7 @@ def discover(path: Sequence[str] | None = None) -> Discovery:
                 faults.append(
                     Fault(
                         f"{distribution.name} {distribution.version}: entry point {key!r} = {target!r}",
-                        "is not of the form \"kind.name\" = \"package.module:Class\"",
+                        'is not of the form "kind.name" = "package.module:Class"',
                     )
                 )
                 continue

@@ -42,7 +42,7 @@ def load_object(record: ProviderRecord) -> object:
 def check_class(record: ProviderRecord, found: object) -> type[Provider]:
     """The object as a provider class of the record's kind.
 
-    Raises `ProviderBrokenError` where it is not one, `RequirementError` where it was written for another API level or
+    Raises `ProviderBrokenError` where it is not one or was written for another API level, `RequirementError` where it
     needs what is not installed.
     """
     interface = INTERFACES.get(record.kind, Provider)
@@ -50,10 +50,12 @@ def check_class(record: ProviderRecord, found: object) -> type[Provider]:
         base = f"{interface.__module__}.{interface.__qualname__}"
         what = f"class {found.__qualname__}" if isinstance(found, type) else repr(found)
         raise _broken(record, f"{what} is not a subclass of {base}")
-    if getattr(found, "kind", None) != record.kind:
-        raise _broken(record, f"its class says kind = {getattr(found, 'kind', None)!r}")
+    if getattr(found, "kind", record.kind) != record.kind:
+        raise _broken(record, f"its class says kind = {found.kind!r}")
     if found.api_level != API_LEVEL:
-        message = f"{record} is written for API level {found.api_level} of apt-core; this apt-core has level {API_LEVEL}"
+        message = (
+            f"{record} is written for API level {found.api_level} of apt-core; this apt-core has level {API_LEVEL}"
+        )
         raise RequirementError(record.kind, record.name, f"{message}; install a version of it that goes with this one")
     if missing := sorted(getattr(found, "__abstractmethods__", ())):
         raise _broken(record, f"{found.__qualname__} does not implement {', '.join(missing)}")
@@ -62,7 +64,10 @@ def check_class(record: ProviderRecord, found: object) -> type[Provider]:
 
 
 def check_distribution(record: ProviderRecord) -> None:
-    """Hold the distribution's `Requires-Dist` against what is installed; see `apt.core.requirements`."""
+    """Hold the distribution's `Requires-Dist` against what is installed; see `apt.core.requirements`.
+
+    Raises `RequirementError`, or `ProviderBrokenError` where it is built for another apt-core.
+    """
     from apt.core.requirements import InvalidRequirement, check_record, install_line
 
     try:
@@ -72,8 +77,7 @@ def check_distribution(record: ProviderRecord) -> None:
     for one in unmet:
         if one.distribution == "apt-core":
             message = f"{record} is built for {one.requirement}; this is {one.installed}"
-            hint = f"install a version of {record.distribution} that goes with it"
-            raise RequirementError(record.kind, record.name, f"{message}; {hint}")
+            raise ProviderBrokenError(record.kind, record.name, f"{message}; {_other_version(record)}")
     if unmet:
         needs = ", and ".join(map(str, unmet))
         raise RequirementError(record.kind, record.name, f"{record} needs {needs}: {install_line(unmet)}")
@@ -97,6 +101,10 @@ def check_dependencies(record: ProviderRecord, provider: type[Provider]) -> None
 def registered(kind: str, name: str, target: str) -> ProviderRecord:
     """The record of a provider that was registered by hand."""
     return ProviderRecord(kind, name, REGISTERED, "0", target)
+
+
+def _other_version(record: ProviderRecord) -> str:
+    return f"install a version of {record.distribution} that goes with this one"
 
 
 def _broken(record: ProviderRecord, what: str) -> ProviderBrokenError:

@@ -56,7 +56,9 @@ def read_local(kind: str, name: str, leave: LocalCode | None) -> tuple[ProviderR
     except OSError as error:
         raise ProviderNotFoundError(kind, name, f"{name}: {path} cannot be read: {error.strerror}") from error
     digest = hashlib.sha256(code).hexdigest()
-    record = ProviderRecord(kind, name, FILE, f"sha256:{digest[:12]}", match["attribute"], path=str(path), sha256=digest)
+    record = ProviderRecord(
+        kind, name, FILE, f"sha256:{digest[:12]}", match["attribute"], path=str(path), sha256=digest
+    )
     return record, code
 
 

@@ -71,7 +71,9 @@ def _fault(where: str, detail: ErrorDetails, model: type[BaseModel]) -> Fault:
     kind, message = detail["type"], detail["msg"]
     if kind == "extra_forbidden":
         known = _options(model, detail["loc"][:-1])
-        hint = " ".join(filter(None, (nearest(str(detail["loc"][-1]), known), f"options: {', '.join(known) or 'none'}")))
+        hint = " ".join(
+            filter(None, (nearest(str(detail["loc"][-1]), known), f"options: {', '.join(known) or 'none'}"))
+        )
         return Fault(where, "no such option", hint)
     if kind == "missing":
         return Fault(where, "must be given")

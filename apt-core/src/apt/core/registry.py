@@ -10,16 +10,17 @@ fallbacks that a profile states.
 
 from __future__ import annotations
 
-import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
 
+from apt.core.catalogue import COMMAND, Catalogue
 from apt.core.discovery import Discovery, ProviderRecord, discover
 from apt.core.exclusions import Used, check_form, find_conflicts
 from apt.core.loading import check_class, load_object, registered
@@ -27,17 +28,15 @@ from apt.core.local import LocalCode, is_local, read_local, run_local
 from apt.core.options import PROVIDER_FAULT, below, canonical, explain
 from apt.core.provider import Provider
 from apt.core.providers import INTERFACES
-from apt.core.selection import select
+from apt.core.resolution import Resolution, read_choice, record_of
 from apt.errors import (
+    AptError,
     Fault,
     OptionsError,
     ProviderBrokenError,
     ProviderCollisionError,
-    ProviderDisabledError,
     ProviderError,
     ProviderFallbackWarning,
-    ProviderNotFoundError,
-    nearest,
 )
 
 if TYPE_CHECKING:
@@ -45,61 +44,6 @@ if TYPE_CHECKING:
 
 P = TypeVar("P", bound=Provider)
 C = TypeVar("C", bound=type[Provider])
-
-DEFAULTS = {
-    "attention": "sdpa",
-    "ffn": "default",
-    "router": "topk_default",
-    "align": "bistate_default",
-    "data": "stdlib",
-    "tokenizer": "byte",
-}
-"""What `get` takes for a kind without a name, where it is installed and `set_default` says nothing else."""
-
-COMES_WITH = {
-    "attention.tva_default": "apt-attention-tva",
-    "attention.autopoietic": "apt-attention-tva",
-    "ffn.moe": "apt-moe",
-    "router.topk_default": "apt-moe",
-    "plugin.moe": "apt-moe",
-    "align.bistate_default": "apt-align",
-    "plugin.align": "apt-align",
-    "retrieval.cosine": "apt-rag",
-    "plugin.rag": "apt-rag",
-}
-"""Providers that are known to exist, and their distributions: for the line that installs them."""
-
-COMMAND = "command"
-"""The kind of entry points that are not providers but commands of `apt-core`."""
-
-
-@dataclass(frozen=True)
-class Resolution:
-    """What was asked for and what is used; `why` is empty where the two are the same."""
-
-    kind: str
-    asked: str
-    used: str
-    why: str
-    distribution: str
-    version: str
-    provider: Provider
-    where: str = ""
-    """The dotted path in the profile; empty where no profile asked."""
-
-    @classmethod
-    def of(cls, provider: Provider, where: str = "") -> Resolution:
-        """What a provider's own record says."""
-        record = record_of(provider)
-        asked = record.asked or record.name
-        return cls(
-            record.kind, asked, record.name, record.why, record.distribution, record.version, provider, where
-        )
-
-    def to_dict(self) -> dict[str, str]:
-        """Everything but the provider itself, for the run's record."""
-        words = ("where", "kind", "asked", "used", "why", "distribution", "version")
-        return {word: getattr(self, word) for word in words}
 
 
 class Registry:
@@ -110,48 +54,43 @@ class Registry:
     """
 
     def __init__(self, find: Callable[[], Discovery] | None = None) -> None:
-        self._find = find
+        self._catalogue = Catalogue(find)
         self._lock = threading.RLock()
-        self._found = find is None
-        self._faults: tuple[Fault, ...] = ()
-        self._records: dict[str, dict[str, tuple[ProviderRecord, ...]]] = {}
         self._excludes: dict[tuple[str, str], tuple[str, ...]] = {}
-        self._registered: dict[str, dict[str, tuple[ProviderRecord, ...]]] = {}
-        self._defaults: dict[str, str] = {}
-        self._hooks: dict[str, list[Callable[[Provider], object]]] = {}
+        self._hooks: dict[str, tuple[Callable[[Provider], object], ...]] = {}
         self._classes: dict[tuple[str, str], type[Provider]] = {}
         self._failures: dict[tuple[str, str], str] = {}
         self._ready: dict[tuple[str, str | None, str | None], Provider] = {}
-        self._local: LocalCode | None = None
-
-    # What is known without importing anything
+        self._ready_local: dict[tuple[str, str | None, str | None], Provider] = {}
+        self._leave: LocalCode | None = None
 
     def list_providers(self, kind: str | None = None) -> dict[str, list[str]]:
         """Kind -> the names that may be asked for: by priority where the class is loaded, then by name.
 
         Nothing is imported; a class that is not loaded counts as priority 0. What is disabled is left out.
         """
-        known = self._known()
-        kinds = sorted(known.keys() - {COMMAND}) if kind is None else [kind] if kind in known else []
-        return {each: self._names(each) for each in kinds if self._names(each)}
+        kinds = sorted(self._catalogue.claims().keys() - {COMMAND}) if kind is None else [kind]
+        listing = {
+            each: sorted(self._catalogue.names(each), key=lambda name: self._order(each, name)) for each in kinds
+        }
+        return {each: names for each, names in listing.items() if names}
 
     def records(self, kind: str | None = None) -> list[ProviderRecord]:
         """All claims, disabled and colliding ones too, in order of kind, name, distribution and version."""
-        known = self._known()
+        known = self._catalogue.claims()
         kinds = sorted(known) if kind is None else [kind]
         return [record for each in kinds for name in sorted(known.get(each, {})) for record in known[each][name]]
 
     def faults(self) -> tuple[Fault, ...]:
         """Entry points that are not well formed."""
-        self._known()
-        return self._faults
+        return self._catalogue.faults()
 
     def get_info(self, kind: str, name: str) -> dict[str, object]:
         """What is known of a provider; nothing is imported for it.
 
         Raises `ProviderNotFoundError` where nobody offers it.
         """
-        claims = self._claims(kind, name)
+        claims = self._catalogue.get_claims(kind, name)
         record, provider = claims[0], self._classes.get((kind, name))
         info: dict[str, object] = {
             "kind": kind,
@@ -181,20 +120,11 @@ class Registry:
 
     def get_default(self, kind: str) -> str | None:
         """The default of a kind: what was set, else what APT prefers, else the only one there is."""
-        names = self._known().get(kind, {})
-        if kind in self._defaults:
-            return self._defaults[kind]
-        if DEFAULTS.get(kind) in names:
-            return DEFAULTS[kind]
-        return next(iter(names)) if len(names) == 1 else None
+        return self._catalogue.get_default(kind)
 
     def set_default(self, kind: str, name: str) -> None:
         """Let `name` be what `get` takes for this kind. Profiles always name what they use."""
-        self._claims(kind, name)
-        with self._lock:
-            self._defaults[kind] = name
-
-    # What is imported on demand
+        self._catalogue.set_default(kind, name)
 
     def load_object(self, kind: str, name: str) -> object:
         """Import whatever the entry point names, be it a provider or not.
@@ -202,15 +132,11 @@ class Registry:
         Raises `ProviderError`: nobody offers it, it is disabled, two distributions claim it, a requirement is missing, or
         its import fails. A failed import is not tried again before `clear_cache`.
         """
-        record = self._record(kind, name)
-        if (kind, name) in self._failures:
-            raise ProviderBrokenError(kind, name, self._failures[kind, name])
-        try:
+        record = self._catalogue.get_record(kind, name)
+        if failure := self._failures.get((kind, name)):
+            raise ProviderBrokenError(kind, name, failure)
+        with self._remembering_failure():
             return load_object(record)
-        except ProviderBrokenError as error:
-            with self._lock:
-                self._failures[kind, name] = str(error)
-            raise
 
     def load(self, kind: str, name: str) -> type[Provider]:
         """The class of a provider, imported and checked; PyTorch is not needed. Raises `ProviderError`."""
@@ -232,7 +158,7 @@ class Registry:
         default = self.get_default(kind)
         if name is None:
             if default is None:
-                raise self._not_found(kind, None)
+                raise self._catalogue.not_found(kind, None)
             name, fallback = default, False
         try:
             return self._get(kind, name, config, options)
@@ -262,14 +188,10 @@ class Registry:
     def resolve_new(self, kind: str, choice: Choice) -> Provider:
         """As `resolve`, but an instance of its own, whose record says what it stands in for: for nested providers."""
         found = self._resolve(kind, choice, lambda name, options: self._make(kind, name, options))
-        provider = found.provider
-        record = record_of(provider)
         if found.why:
-            provider._record = replace(record, asked=found.asked, why=found.why)
-        self._call_hooks(provider)
-        return provider
-
-    # What is added by hand
+            found.provider._record = replace(record_of(found.provider), asked=found.asked, why=found.why)
+        self._call_hooks(found.provider)
+        return found.provider
 
     def register(
         self,
@@ -289,35 +211,27 @@ class Registry:
         record = registered(kind, name, target)
         if not isinstance(provider, str):
             check_class(record, provider)
+        more = check_form(excludes or (), kind, {*self._catalogue.claims(), *INTERFACES})
         with self._lock:
-            known = self._known()
-            taken = known.get(kind, {}).get(name, ())
-            if taken and not override and all(claim.entry_point != target for claim in taken):
-                raise ProviderCollisionError(
-                    kind, name, f"{taken[0]} is there already; override=True replaces it with {target}"
-                )
-            kinds = {*known, *INTERFACES}
-            self._excludes[kind, name] = check_form(excludes or (), kind, kinds)
-            for table in (self._registered, self._records):
-                table.setdefault(kind, {})[name] = (record,)
+            self._catalogue.add(record, override=override)
             self.clear_cache(kind, name)
+            self._excludes[kind, name] = more
+            self._classes.pop((kind, name), None)
             if not isinstance(provider, str):
                 self._classes[kind, name] = provider
             if default:
-                self._defaults[kind] = name
+                self._catalogue.set_default(kind, name)
 
     def register_init_hook(self, kind: str, callback: Callable[[Provider], object]) -> None:
         """Call `callback` with every instance of this kind after it is made; what it raises is not swallowed."""
         with self._lock:
-            self._hooks.setdefault(kind, []).append(callback)
+            self._hooks[kind] = (*self._hooks.get(kind, ()), callback)
 
     def allow_local_code(self, leave: LocalCode | None) -> None:
         """Say which provider code in files may be run (see `apt.core.local`); None forbids it, which is the beginning."""
         with self._lock:
-            self._local = leave
-            self.clear_cache()
-
-    # What must not stand together, and what is forgotten
+            self._leave = leave
+            self._ready_local.clear()
 
     def check_conflicts(self, providers: Iterable[Provider | str] | None = None) -> list[Fault]:
         """Every exclusion that these providers violate, once each; by default, those of all instances that were made.
@@ -325,15 +239,16 @@ class Registry:
         Providers are instances or ``"kind.name"``; the classes of named ones are imported.
         """
         if providers is None:
-            providers = dict(self._ready).values()
-        return find_conflicts([self.used(f"{provider}", provider) if isinstance(provider, str)
-                               else self.used(record_of(provider).key, provider) for provider in _unique(providers)])
+            providers = [*self._ready.values(), *self._ready_local.values()]
+        used = (self.used("", provider) for provider in providers)
+        unique = {f"{one.kind}.{one.name}": one for one in used}
+        return find_conflicts(replace(one, where=key) for key, one in unique.items())
 
     def used(self, where: str, provider: Provider | str) -> Used:
         """A provider in use at `where`, with all that it excludes."""
         if isinstance(provider, Provider):
-            record = record_of(provider)
-            kind, name, found = record.kind, record.name, type(provider)
+            record, found = record_of(provider), type(provider)
+            kind, name = record.kind, record.name
         else:
             kind, _, name = provider.replace(":", ".", 1).partition(".")
             found = self.load(kind, name)
@@ -342,128 +257,81 @@ class Registry:
     def clear_cache(self, kind: str | None = None, name: str | None = None) -> None:
         """Forget instances and failed imports, of all kinds, of one kind, or of one provider; nothing is unregistered."""
         with self._lock:
-            for key in [key for key in self._ready if kind in (None, key[0]) and name in (None, key[1])]:
-                del self._ready[key]
+            for table in (self._ready, self._ready_local):
+                for key in [key for key in table if kind in (None, key[0]) and name in (None, key[1])]:
+                    del table[key]
             for failed in [key for key in self._failures if kind in (None, key[0]) and name in (None, key[1])]:
                 del self._failures[failed]
 
     def refresh(self) -> None:
         """Read again what is installed; what was registered by hand stays."""
         with self._lock:
-            self._found = self._find is None
-            self._classes = {
-                key: provider for key, provider in self._classes.items() if key[1] in self._registered.get(key[0], {})
-            }
+            self._catalogue.refresh()
+            self._classes = {key: each for key, each in self._classes.items() if self._catalogue.is_registered(*key)}
             self.clear_cache()
 
-    # How it works
-
-    def _known(self) -> dict[str, dict[str, tuple[ProviderRecord, ...]]]:
-        if self._found:
-            return self._records
-        with self._lock:
-            if not self._found and self._find is not None:
-                found = self._find()
-                records: dict[str, dict[str, tuple[ProviderRecord, ...]]] = {}
-                for record in select(found.records, os.environ):
-                    names = records.setdefault(record.kind, {})
-                    names[record.name] = (*names.get(record.name, ()), record)
-                for kind, registered_names in self._registered.items():
-                    records.setdefault(kind, {}).update(registered_names)
-                self._records, self._faults, self._found = records, found.faults, True
-        return self._records
-
-    def _names(self, kind: str) -> list[str]:
-        def order(name: str) -> tuple[int, str]:
-            provider = self._classes.get((kind, name))
-            return (-provider.get_priority() if provider else 0, name)
-
-        known = self._known().get(kind, {})
-        return sorted((name for name, claims in known.items() if not all(c.disabled for c in claims)), key=order)
-
-    def _claims(self, kind: str, name: str) -> tuple[ProviderRecord, ...]:
-        claims = self._known().get(kind, {}).get(name)
-        if claims is None:
-            raise self._not_found(kind, name)
-        return claims
-
-    def _record(self, kind: str, name: str) -> ProviderRecord:
-        """The one claim on a name that counts."""
-        claims = self._claims(kind, name)
-        able = [claim for claim in claims if not claim.disabled]
-        if not able:
-            raise ProviderDisabledError(kind, name, f"{claims[0]} is disabled: {claims[0].disabled}")
-        if len(able) > 1:
-            origins = " and ".join(claim.origin for claim in able)
-            others = ", ".join(dict.fromkeys(f"pip uninstall {claim.distribution}" for claim in able))
-            message = f"{kind}.{name} is claimed by {origins}; keep one ({others}), or name one in APT_DISABLE_PLUGINS"
-            raise ProviderCollisionError(kind, name, message)
-        return able[0]
-
-    def _not_found(self, kind: str, name: str | None) -> ProviderNotFoundError:
-        names = self._names(kind)
-        installed = f"installed: {', '.join(names)}" if names else f"no {kind} provider is installed"
-        if name is None:
-            return ProviderNotFoundError(kind, "", f"there is no default {kind} provider; name one; {installed}")
-        message = f"no {kind} provider {name!r} is installed"
-        if not names and kind not in INTERFACES and (hint := nearest(kind, {*INTERFACES, *self._known()})):
-            return ProviderNotFoundError(kind, name, f"{message}; no kind is called {kind!r}; {hint}")
-        known = {key.partition(".")[2] for key in COMES_WITH if key.startswith(f"{kind}.")}
-        if name in known:
-            distribution = COMES_WITH[f"{kind}.{name}"]
-            return ProviderNotFoundError(
-                kind, name, f"{message}; it comes with {distribution}: pip install {distribution}"
-            )
-        hint = nearest(name, {*names, *known})
-        return ProviderNotFoundError(kind, name, "; ".join(filter(None, (message, hint, installed))))
+    def _order(self, kind: str, name: str) -> tuple[int, str]:
+        provider = self._classes.get((kind, name))
+        return (-provider.get_priority() if provider else 0, name)
 
     def _load(self, kind: str, name: str) -> tuple[ProviderRecord, type[Provider]]:
         if is_local(name):
-            record, code = read_local(kind, name, self._local)
+            record, code = read_local(kind, name, self._leave)
             return record, check_class(record, run_local(record, code))
-        record = self._record(kind, name)
+        record = self._catalogue.get_record(kind, name)
         provider = self._classes.get((kind, name))
         if provider is None:
             found = self.load_object(kind, name)
-            try:
+            with self._remembering_failure():
                 provider = check_class(record, found)
-            except ProviderBrokenError as error:
-                with self._lock:
-                    self._failures[kind, name] = str(error)
-                raise
             with self._lock:
                 self._classes[kind, name] = provider
         return record, provider
+
+    @contextmanager
+    def _remembering_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except ProviderBrokenError as error:
+            with self._lock:
+                self._failures[error.kind, error.name] = str(error)
+            raise
 
     def _make(self, kind: str, name: str, options: Mapping[str, object]) -> Provider:
         record, found = self._load(kind, name)
         try:
             provider = found.model_validate(dict(options), context={"registry": self})
         except ValidationError as error:
-            raise OptionsError(kind, name, [below(f"{kind}.{name}", fault) for fault in explain(error, found)]) from error
+            faults = [below(f"{kind}.{name}", fault) for fault in explain(error, found)]
+            raise OptionsError(kind, name, faults) from error
+        except AptError:
+            raise
+        except Exception as error:
+            message = f"{record}: checking its options failed: {type(error).__name__}: {error}"
+            raise ProviderBrokenError(kind, name, message) from error
         provider._record = record
         return provider
 
-    def _get(self, kind: str, name: str, options: Mapping[str, object] | None, key: str | None) -> Provider:
-        key = None if key == "{}" else key
-        provider = None if is_local(name) else self._ready.get((kind, name, key))
-        if provider is None:
+    def _get(self, kind: str, name: str, options: Mapping[str, object] | None, text: str | None) -> Provider:
+        key = (kind, name, None if text == "{}" else text)
+        local = is_local(name)  # its file is read each time: it may have changed
+        ready = self._ready_local if local else self._ready
+        provider = ready.get(key)
+        if provider is None or local:
             made = self._make(kind, name, options or {})
             # Imports and validation ran without the lock, so that another thread's import cannot wait for this one.
             with self._lock:
-                provider = self._ready.get((kind, name, key))
+                provider = ready.get(key)
                 if provider is None or record_of(provider) != record_of(made):
                     self._call_hooks(made)
-                    self._ready[kind, name, key] = provider = made
+                    ready[key] = provider = made
         return provider
 
     def _call_hooks(self, provider: Provider) -> None:
-        for callback in tuple(self._hooks.get(record_of(provider).kind, ())):
+        for callback in self._hooks.get(record_of(provider).kind, ()):
             callback(provider)
 
-    def _resolve(
-        self, kind: str, choice: Choice, make: Callable[[str, Mapping[str, object]], Provider]
-    ) -> Resolution:
+    def _resolve(self, kind: str, choice: Choice, make: Callable[[str, Mapping[str, object]], Provider]) -> Resolution:
         try:
             return Resolution.of(make(choice.provider, choice.options))
         except (OptionsError, ProviderCollisionError):
@@ -484,16 +352,7 @@ class Registry:
             if lost := ", ".join(key for key in choice.options if key not in fields):
                 why += f"; {name} has no option {lost}"
             return replace(Resolution.of(provider), asked=choice.provider, why=why)
-        message = "; ".join(map(str, reasons))
-        raise type(reasons[0])(kind, choice.provider, message)
-
-
-def record_of(provider: Provider) -> ProviderRecord:
-    """Where a provider came from; one that no registry made is described by its class."""
-    if provider._record is not None:
-        return provider._record
-    found = type(provider)
-    return registered(found.kind, provider.get_name(), f"{found.__module__}:{found.__qualname__}")
+        raise type(reasons[0])(kind, choice.provider, "; ".join(map(str, reasons)))
 
 
 def resolve_slot(interface: type[P], value: object, context: object) -> P:
@@ -507,40 +366,12 @@ def resolve_slot(interface: type[P], value: object, context: object) -> P:
     used = context.get("registry") if isinstance(context, Mapping) else None
     here = used if isinstance(used, Registry) else registry
     try:
-        provider = here.resolve_new(interface.kind, _choice(interface.kind, value))
+        provider = here.resolve_new(interface.kind, read_choice(interface.kind, value))
         if not isinstance(provider, interface):
             raise ProviderBrokenError(interface.kind, provider.get_name(), f"is not a {interface.__qualname__}")
     except ProviderError as error:
         raise PydanticCustomError(PROVIDER_FAULT, "{message}", {"message": str(error), "error": error}) from error
     return provider
-
-
-def _choice(kind: str, value: object) -> Choice:
-    from apt.core.config import Choice
-
-    if isinstance(value, Choice):
-        return value
-    if isinstance(value, str):
-        return Choice(provider=value)
-    if isinstance(value, Mapping) and isinstance(value.get("provider"), str):
-        fallback = value.get("fallback", ())
-        names = [fallback] if isinstance(fallback, str) else fallback
-        if isinstance(names, Sequence) and all(isinstance(name, str) for name in names):
-            options = {key: each for key, each in value.items() if key not in ("provider", "fallback")}
-            return Choice(provider=value["provider"], fallback=tuple(names), options=options)
-    raise PydanticCustomError(
-        "provider_form",
-        "must be the name of a provider of kind {kind}, or {{provider: name, option: value, ...}}",
-        {"kind": kind},
-    )
-
-
-def _unique(providers: Iterable[Provider | str]) -> list[Provider | str]:
-    seen: dict[tuple[str, int | str], Provider | str] = {}
-    for provider in providers:
-        key = provider.replace(":", ".", 1) if isinstance(provider, str) else record_of(provider).key
-        seen.setdefault(("", key), provider)
-    return list(seen.values())
 
 
 registry = Registry(discover)
@@ -559,3 +390,16 @@ def register_provider(
         return provider
 
     return register
+
+
+__all__ = [
+    "Provider",
+    "ProviderRecord",
+    "Registry",
+    "Resolution",
+    "get_provider",
+    "record_of",
+    "register_provider",
+    "registry",
+    "resolve_slot",
+]
