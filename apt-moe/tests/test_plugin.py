@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from apt.core.config import APTConfig
+from apt.errors import ProfileError
 from apt.hookspecs import RunState
 from apt.modeling.compose import ModelBuilder
 from apt.modeling.model import Decoder
@@ -113,3 +114,18 @@ def test_the_same_names_and_shapes_are_saved_in_every_phase(run: tuple[Decoder, 
     MoEPlugin().apt_phase_changed(STATE, "moe", model, optimizer)
     step(model, optimizer)
     assert {name: value.shape for name, value in model.state_dict().items()} == before
+
+
+def test_a_late_switch_without_a_dense_layer_is_refused() -> None:
+    options = {"ffn": {"upcycle": False}}
+    early = CONFIG.model_copy(update={"options": options, "schedules": {"enable_moe_at_epoch": 0}})
+    MoEPlugin().apt_config_resolved(early)
+    late = early.model_copy(update={"schedules": {"enable_moe_at_step": 5}})
+    with pytest.raises(ProfileError, match=r"model\.ffn\.upcycle: false, but schedules\.enable_moe_at_step needs"):
+        MoEPlugin().apt_config_resolved(late)
+
+
+def test_the_plugin_without_a_mixture_is_refused() -> None:
+    dense = CONFIG.model_copy(update={"ffn_name": "default", "options": {}})
+    with pytest.raises(ProfileError, match="plugins: 'moe' has nothing to switch: the ffn is 'default'"):
+        MoEPlugin().apt_config_resolved(dense)

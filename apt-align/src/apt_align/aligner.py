@@ -39,17 +39,14 @@ class Aligner(nn.Module):
         """The loss of two states [batch, seq, features], a mean over the tokens where `mask` [batch, seq] is True."""
         if self.predictor is not None:
             align = self.predictor(align)
-        if self.alpha == self.beta == 0:
-            return stable.new_zeros((), dtype=torch.float32)
-        distance = self.provider.compute_consistency_loss
-        metric = self.provider.distance
         pulls: list[Tensor] = []
-        if self.alpha:
-            pulls.append(self.alpha * distance(stable.detach(), align, metric, mask))
-        if self.beta and self.provider.state != "ema":
-            pulls.append(self.beta * distance(align.detach(), stable, metric, mask))
-        share = self.alpha if self.provider.state == "ema" else self.alpha + self.beta
-        return torch.stack(pulls).sum() / share
+        for strength, teacher, student in ((self.alpha, stable, align), (self.beta, align, stable)):
+            if strength:
+                distance = self.provider.compute_consistency_loss(
+                    teacher.detach(), student, self.provider.distance, mask
+                )
+                pulls.append(strength / (self.alpha + self.beta) * distance)
+        return torch.stack(pulls).sum() if pulls else stable.new_zeros((), dtype=torch.float32)
 
     def mix(self, stable: Tensor, align: Tensor) -> Tensor:
         """stable + alpha beta U P (align - stable), U = P^T, in a fixed subspace: [batch, seq, d_model].

@@ -20,7 +20,8 @@ class BiState(AlignProvider):
     """Draws together two states of the same tokens (see `apt_align.aligner.Aligner`).
 
     `state` says where the two come from: `dropout`, two passes with different dropout (it doubles forward and
-    backward); `layer`, the last layer and an earlier one of the same pass (nearly free).
+    backward; Liang et al. 2021, arXiv:2106.14448); `ema`, a pass of the averaged weights and the model's own (one
+    forward more); `layer`, the last layer and an earlier one of the same pass (nearly free).
     """
 
     api_level: ClassVar[int] = 1
@@ -30,8 +31,9 @@ class BiState(AlignProvider):
     beta: float = Field(default=0.20, ge=0, description="how far the stable state follows")
     tau_align: float = Field(default=0.15, gt=0, description="the temperature of nce")
     kl_temperature: float = Field(default=1.0, gt=0, description="softens the logits that kl compares")
-    state: Literal["dropout", "layer"] = Field(default="dropout", description="where the second state comes from")
+    state: Literal["dropout", "ema", "layer"] = Field(default="dropout", description="where the second state comes from")
     layer: int | None = Field(default=None, ge=0, description="for state layer, the earlier block; none: the middle one")
+    decay: float = Field(default=0.999, ge=0, lt=1, description="for state ema, how slowly the averaged weights follow")
     metric: Metric | None = Field(
         default=None, description="distance; none: kl of the logits between passes, cosine between layers"
     )
@@ -44,8 +46,11 @@ class BiState(AlignProvider):
     def _consistent(self) -> BiState:
         if self.state == "layer" and self.metric == "kl":
             raise ValueError("state layer compares hidden states, which are no logits; metric: cosine, l2 or nce")
-        if self.state != "layer" and self.layer is not None:
-            raise ValueError(f"layer: {self.layer} is for state: layer, not for state: {self.state}")
+        for option, state in (("layer", "layer"), ("decay", "ema")):
+            if option in self.model_fields_set and self.state != state:
+                raise ValueError(f"{option} is an option of state {state}, but the state is {self.state}")
+        if self.state == "ema" and "beta" in self.model_fields_set and self.beta != 0:
+            raise ValueError("state ema: the averaged weights follow by themselves and get no gradient; set beta: 0")
         return self
 
     @property
@@ -57,9 +62,9 @@ class BiState(AlignProvider):
         """An aligner; `alpha` and `beta` are the options' values where they are not given."""
         from apt_align.aligner import Aligner
 
-        return Aligner(
-            self, d_model, self.alpha if alpha is None else alpha, self.beta if beta is None else beta
-        )
+        alpha = self.alpha if alpha is None else alpha
+        beta = self.beta if beta is None else beta
+        return Aligner(self, d_model, alpha, 0.0 if self.state == "ema" else beta)
 
     def compute_alignment(
         self, aligner: nn.Module, state_1: Tensor, state_2: Tensor, mask: Tensor | None = None

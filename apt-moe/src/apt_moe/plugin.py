@@ -4,18 +4,44 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from apt.core import registry
 from apt.core.providers import Plugin
+from apt.core.resolve import walk
+from apt.errors import Fault, ProfileError
 from apt.hookspecs import RunState, hookimpl
+from apt_moe.provider import MoE
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
+
+    from apt.core.config import APTConfig
+
+
+_SWITCHES = ("enable_moe_at_epoch", "enable_moe_at_step")
 
 
 class MoEPlugin(Plugin):
     """Sparse upcycling at the switch (Komatsuzaki et al. 2022, arXiv:2212.05055)."""
 
     api_level: ClassVar[int] = 1
+
+    @hookimpl
+    def apt_config_resolved(self, config: APTConfig) -> None:
+        """Refuse a plugin with nothing to switch, and a late switch with nothing to run until then."""
+        ffn = registry.resolve("ffn", config.choice("ffn")).provider
+        mixtures = [(where, part) for where, part in walk(ffn, "model.ffn") if isinstance(part, MoE)]
+        faults = []
+        if not mixtures:
+            hint = "set model.ffn.provider to moe, or leave the plugin out"
+            faults.append(Fault("plugins", f"'moe' has nothing to switch: the ffn is {config.ffn_name!r}", hint))
+        late = next((key for key in _SWITCHES if config.schedules.get(key)), None)
+        for where, mixture in mixtures:
+            if late is not None and not mixture.upcycle:
+                what = f"false, but schedules.{late} needs a dense layer to run until then"
+                faults.append(Fault(f"{where}.upcycle", what, "upcycle: true, or switch the experts on from the start"))
+        if faults:
+            raise ProfileError(faults)
 
     @hookimpl
     def apt_phase_changed(self, state: RunState, plugin: str, model: nn.Module, optimizer: Optimizer) -> None:

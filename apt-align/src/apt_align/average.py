@@ -1,0 +1,84 @@
+"""An exponential moving average of a model's weights, that teaches the model it follows.
+
+Tarvainen and Valpola 2017 (Mean Teacher), arXiv:1703.01780.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from apt.layers import Output
+
+_PREFIX = "average."
+
+
+class Average:
+    """w' = m w' + (1 - m) w after each step, m = min(decay, (1 + t) / (10 + t)): young averages forget faster.
+
+    The average is float32 whatever the model is. A parameter is averaged from the first step that trains it on; until
+    then its average is the parameter itself, so that parts which a plugin switches on in mid-run (and fills at that
+    moment) do not drag their idle past along.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self.weights: dict[str, Tensor] = {}
+        self._averaged: set[str] = set()
+        self._trained: set[str] = set()
+
+    def see_gradients(self, model: nn.Module) -> None:
+        """Note, before a step, which parameters it trains."""
+        self._trained |= {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take in the weights after a step."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        for name, parameter in model.named_parameters():
+            if name in self._averaged:
+                self.weights[name].lerp_(parameter.float(), 1 - decay)
+            else:
+                self.weights[name] = parameter.detach().float().clone()
+        self._averaged = set(self._trained)
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, tokens: Tensor) -> Output:
+        """What the averaged model says of `tokens` [batch, seq]: in evaluation mode, without dropout or gradient."""
+        parameters = dict(model.named_parameters())
+        weights = {name: weight.to(parameters[name].dtype) for name, weight in self.weights.items()}
+        training = [module for module in model.modules() if module.training]
+        model.eval()
+        try:
+            output: Output = torch.func.functional_call(model, weights, (tokens,))
+        finally:
+            for module in training:
+                module.training = True
+        return output
+
+    def save(self) -> dict[str, object]:
+        """JSON values and tensors from which `load` makes it again."""
+        weights = {_PREFIX + name: weight for name, weight in self.weights.items()}
+        return {"updates": self.updates, "averaged": sorted(self._averaged), **weights}
+
+    def load(self, saved: Mapping[str, object]) -> None:
+        """Be what was saved."""
+        updates, averaged = saved["updates"], saved["averaged"]
+        if not isinstance(updates, int) or not isinstance(averaged, list):
+            raise TypeError("the saved average of the weights has another form than apt-align gives it")
+        self.updates, self._averaged, self._trained = updates, set(averaged), set(averaged)
+        self.weights = {
+            name.removeprefix(_PREFIX): weight
+            for name, weight in saved.items()
+            if name.startswith(_PREFIX) and isinstance(weight, Tensor)
+        }
+
+    def to(self, device: torch.device) -> None:
+        """Move it to where the model is."""
+        self.weights = {name: weight.to(device) for name, weight in self.weights.items()}
