@@ -1,0 +1,1 @@
+"""apt-core's own providers; they come through the same entry points as anybody's."""
