@@ -72,5 +72,5 @@ def row_entropy(scores: Tensor, visible: Tensor) -> Tensor:
     count = visible.sum(-1, keepdim=True)
     # The lowest finite number, not -inf: a row without visible keys (padding) must not send NaN into the gradient.
     logs = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).log_softmax(-1)
-    entropy = -(logs.exp() * logs).sum(-1, keepdim=True)
+    entropy = -(logs.exp() * logs.masked_fill(~visible, 0.0)).sum(-1, keepdim=True)
     return torch.where(count > 1, entropy / count.clamp(min=2).to(scores.dtype).log(), 0.0).clamp(0.0, 1.0)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from apt.layers import LayerCache
-from apt_attention_tva._local import KVCache, attend, rotate
+from apt.layers.attend import attend
+from apt.layers.cache import KVCache
+from apt.layers.rope import rotate
 
 
 @dataclass(frozen=True)
