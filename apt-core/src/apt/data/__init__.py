@@ -1,0 +1,1 @@
+"""From documents to batches: the split, the tokens, and a position that is one number."""
