@@ -27,7 +27,9 @@ def reference(rows: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, exper
     return torch.where(owned.unsqueeze(1), products, 0.0) + bias[experts]
 
 
-@given(st.lists(st.integers(0, 12), min_size=1, max_size=5), st.sampled_from([(8, 4), (3, 5), (16, 7)]), st.integers(0, 3))
+@given(
+    st.lists(st.integers(0, 12), min_size=1, max_size=5), st.sampled_from([(8, 4), (3, 5), (16, 7)]), st.integers(0, 3)
+)
 def test_product_and_gradients_are_those_of_a_loop(counts: list[int], sizes: tuple[int, int], tail: int) -> None:
     given = operands(counts, *sizes, tail=tail)
     ours, theirs = grouped_linear(*given), reference(*given)

@@ -31,14 +31,21 @@ class BiState(AlignProvider):
     beta: float = Field(default=0.20, ge=0, description="how far the stable state follows")
     tau_align: float = Field(default=0.15, gt=0, description="the temperature of nce")
     kl_temperature: float = Field(default=1.0, gt=0, description="softens the logits that kl compares")
-    state: Literal["dropout", "ema", "layer"] = Field(default="dropout", description="where the second state comes from")
-    layer: int | None = Field(default=None, ge=0, description="for state layer, the earlier block; none: the middle one")
+    state: Literal["dropout", "ema", "layer"] = Field(
+        default="dropout", description="where the second state comes from"
+    )
+    layer: int | None = Field(
+        default=None, ge=0, description="for state layer, the earlier block; none: the middle one"
+    )
     decay: float = Field(default=0.999, ge=0, lt=1, description="for state ema, how slowly the averaged weights follow")
     metric: Metric | None = Field(
         default=None, description="distance; none: kl of the logits between passes, cosine between layers"
     )
     rank_ratio: float = Field(
-        default=0.1, gt=0, le=1, description="width of the subspace in which compute_alignment mixes, as a share of d_model"
+        default=0.1,
+        gt=0,
+        le=1,
+        description="width of the subspace in which compute_alignment mixes, as a share of d_model",
     )
     weight: float = Field(default=1.0, ge=0, description="multiplies the loss; the schedule align_weight moves it")
 

@@ -94,7 +94,7 @@ class _Dispatch(torch.autograd.Function):
         ctx.save_for_backward(inverse)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse,) = ctx.saved_tensors  # type: ignore[attr-defined]
         return grad.index_select(0, inverse).view(-1, ctx.top_k, grad.shape[1]).sum(1), None, None, None  # type: ignore[attr-defined]
 
@@ -109,6 +109,6 @@ class _Permute(torch.autograd.Function):
         ctx.save_for_backward(inputs[2])
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors  # type: ignore[attr-defined]
         return grad.index_select(0, inverse), None, None

@@ -84,7 +84,9 @@ class _Trial(_Grouped):
     """Raises `_NotLinear` where a stacked parameter is used by anything but a linear map."""
 
     def __init__(self, stacks: Iterable[Tensor]) -> None:
-        super().__init__(torch.zeros(2, dtype=torch.int32, device="meta"), torch.zeros(4, dtype=torch.long, device="meta"))
+        super().__init__(
+            torch.zeros(2, dtype=torch.int32, device="meta"), torch.zeros(4, dtype=torch.long, device="meta")
+        )
         self.stacks = {id(stack) for stack in stacks}
 
     def __torch_function__(
@@ -109,7 +111,7 @@ def _linear(offsets: Tensor, experts: Tensor, input: Tensor, weight: Tensor, bia
 
 def _stacked(provider: FFNProvider, num_experts: int, sizes: tuple[int, int, float, str]) -> nn.Module:
     """A layer whose parameters are those of `num_experts` layers, each initialised by itself."""
-    layers = (_made(provider, sizes) for _ in range(num_experts))
+    layers = (make_layer(provider, sizes) for _ in range(num_experts))
     stacked = next(layers)
     stacks = {}
     for name, parameter in list(stacked.named_parameters()):
@@ -125,7 +127,7 @@ def _stacked(provider: FFNProvider, num_experts: int, sizes: tuple[int, int, flo
 def _can_group(provider: FFNProvider, sizes: tuple[int, int, float, str]) -> bool:
     """Whether the provider's layer touches its parameters through linear maps alone."""
     with torch.device("meta"):
-        layer = _made(provider, sizes)
+        layer = make_layer(provider, sizes)
         _replace(layer, {name: torch.empty(2, *p.shape, dtype=p.dtype) for name, p in layer.named_parameters()})
         rows = torch.empty(1, 4, sizes[0])
     try:
@@ -137,7 +139,8 @@ def _can_group(provider: FFNProvider, sizes: tuple[int, int, float, str]) -> boo
     return True
 
 
-def _made(provider: FFNProvider, sizes: tuple[int, int, float, str]) -> nn.Module:
+def make_layer(provider: FFNProvider, sizes: tuple[int, int, float, str]) -> nn.Module:
+    """One layer of the provider, that is sure to be a module."""
     layer = provider.create_layer(*sizes)
     if not isinstance(layer, nn.Module):
         raise TypeError(f"ffn.{provider.get_name()} makes {type(layer).__name__}, which is no torch.nn.Module")

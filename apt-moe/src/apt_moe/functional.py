@@ -26,7 +26,7 @@ def load_balance_loss(logits: Tensor, expert_mask: Tensor) -> Tensor:
     counted = sent.any(-1)
     probability = logits.float().softmax(-1) * counted.unsqueeze(-1)
     mean_probability = probability.sum(0) / counted.sum().clamp(min=1)
-    return logits.shape[-1] * (share * mean_probability).sum()
+    return (logits.shape[-1] * share * mean_probability).sum()
 
 
 def z_loss(logits: Tensor, counted: Tensor | None = None) -> Tensor:
@@ -34,18 +34,12 @@ def z_loss(logits: Tensor, counted: Tensor | None = None) -> Tensor:
 
     Zoph et al. 2022, arXiv:2202.08906, eq. 5.
     """
-    squares = logits.float().logsumexp(-1).square()
-    if counted is None:
-        return squares.mean()
-    return (squares * counted).sum() / counted.sum().clamp(min=1)
+    return _mean(logits.float().logsumexp(-1).square(), counted)
 
 
 def entropy(probabilities: Tensor, counted: Tensor | None = None) -> Tensor:
     """The mean entropy of [tokens, experts] in nats; log E for a router that has not learnt anything."""
-    entropies = torch.special.entr(probabilities).sum(-1)
-    if counted is None:
-        return entropies.mean()
-    return (entropies * counted).sum() / counted.sum().clamp(min=1)
+    return _mean(torch.special.entr(probabilities).sum(-1), counted)
 
 
 def capacity(assignments: int, experts: int, top_k: int, factor: Tensor) -> Tensor:
@@ -65,3 +59,9 @@ def over_ranks(counts: Tensor) -> Tensor:
         counts = counts.clone()
         distributed.all_reduce(counts)
     return counts
+
+
+def _mean(values: Tensor, counted: Tensor | None) -> Tensor:
+    if counted is None:
+        return values.mean()
+    return (values * counted).sum() / counted.sum().clamp(min=1)

@@ -26,7 +26,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: T
         dtype = torch.get_autocast_dtype(device)
         rows, weight = rows.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    product = torch.ops.apt_moe.grouped_mm(rows, weight, offsets)
+    product: Tensor = torch.ops.apt_moe.grouped_mm(rows, weight, offsets)
     return product if bias is None else product + bias.index_select(0, experts)
 
 

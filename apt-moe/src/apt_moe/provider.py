@@ -32,7 +32,9 @@ class TopK(RouterProvider):
     z_loss: float = Field(default=0.001, ge=0, description="weight of the router z-loss")
     temperature: float = Field(default=1.0, gt=0, description="divides the scores; the schedule route_temp moves it")
     jitter: float = Field(default=0.0, ge=0, lt=1, description="in training inputs are multiplied by U(1-j, 1+j)")
-    renormalise: bool = Field(default=True, description="weights of the chosen experts sum to 1; else raw probabilities")
+    renormalise: bool = Field(
+        default=True, description="weights of the chosen experts sum to 1; else raw probabilities"
+    )
     init_std: float = Field(default=0.02, gt=0, description="standard deviation of the router's weights at the start")
 
     @model_validator(mode="after")
@@ -66,7 +68,10 @@ class TopK(RouterProvider):
         import torch
 
         from apt_moe import functional
+        from apt_moe.router import LinearRouter
 
+        if not isinstance(router, LinearRouter):
+            raise TypeError(f"{self.get_name()} routes with its own routers, not with {type(router).__name__}")
         if train and self.jitter:
             inputs = inputs * torch.empty_like(inputs).uniform_(1 - self.jitter, 1 + self.jitter)
         logits = router(inputs)
@@ -121,8 +126,14 @@ class MoE(FFNProvider):
         default=True,
         description="hold a dense layer too, which runs until the plugin moe is on and which the experts grow out of",
     )
-    router: Slot[RouterProvider] = Field(default="topk_default", description="who chooses the experts")
-    expert: Slot[FFNProvider] = Field(default="default", description="what one expert is")
+    router: Slot[RouterProvider] = Field(
+        default="topk_default",  # type: ignore[assignment]  # the slot turns a name into a provider
+        description="who chooses the experts",
+    )
+    expert: Slot[FFNProvider] = Field(
+        default="default",  # type: ignore[assignment]
+        description="what one expert is",
+    )
 
     @field_validator("router", mode="after")
     @classmethod
@@ -139,18 +150,16 @@ class MoE(FFNProvider):
             raise ValueError(f"an expert is always on, but {expert.get_name()} is switched by {expert.switched_by}")
         return expert
 
-    def create_layer(
-        self, d_model: int, d_ff: int, dropout: float = 0.0, activation: str = "gelu"
-    ) -> MixtureOfExperts:
+    def create_layer(self, d_model: int, d_ff: int, dropout: float = 0.0, activation: str = "gelu") -> MixtureOfExperts:
         """A mixture whose experts each have the hidden width `d_ff`."""
-        from apt_moe.experts import Experts
+        from apt_moe.experts import Experts, make_layer
         from apt_moe.layer import MixtureOfExperts
 
         return MixtureOfExperts(
             self.router,
             self.router.create_router(d_model, self.experts, self.router.top_k),
             Experts(self.expert, self.experts, d_model, d_ff, dropout, activation),
-            self.expert.create_layer(d_model, d_ff, dropout, activation) if self.upcycle else None,
+            make_layer(self.expert, (d_model, d_ff, dropout, activation)) if self.upcycle else None,
             math.inf if self.capacity is None else self.capacity,
         )
 
