@@ -1,0 +1,211 @@
+"""Schedules: from a step to named values and switches.
+
+A value moves by epoch or by step; a value by epoch changes only when an epoch begins, and p counts finished epochs, so the
+last of n epochs runs at p = (n - 1) / n and not at the end value.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from apt.core.config import APTConfig
+from apt.errors import ScheduleError, nearest
+
+Unit = Literal["epoch", "step"]
+Shape = Literal["linear", "exp", "cosine", "sqrt", "inverse_sqrt"]
+SWITCH = re.compile(r"enable_(?P<plugin>.+)_at_(?P<unit>epoch|step)")
+
+
+class Ramp(BaseModel):
+    """A value from `start` to `end` over the run; before `warmup` it is `start`, in the last `cooldown` units `end`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    start: float
+    end: float
+    by: Unit = "epoch"
+    type: Shape = "linear"
+    warmup: int = Field(default=0, ge=0, description="units at `start` before it moves")
+    cooldown: int = Field(default=0, ge=0, description="units at `end` before the run is over")
+
+    @model_validator(mode="after")
+    def _exp_has_a_ratio(self) -> Ramp:
+        if self.type == "exp" and self.start * self.end <= 0:
+            raise ValueError(f"exp needs start and end of one sign, neither of them 0, not {self.start} and {self.end}")
+        return self
+
+    def at(self, position: int, total: int) -> float:
+        """The value after `position` of `total` units."""
+        if position >= total - self.cooldown and (self.cooldown or position >= total):
+            return self.end
+        if position <= self.warmup:
+            return self.start
+        length = total - self.warmup - self.cooldown
+        return self._shaped(min(1.0, (position - self.warmup) / length), length)
+
+    def _shaped(self, p: float, length: int) -> float:
+        start, end = self.start, self.end
+        if self.type == "exp":
+            return start * (end / start) ** p
+        if self.type == "cosine":
+            return end + (start - end) * (1 + math.cos(math.pi * p)) / 2
+        if self.type == "sqrt":
+            return start + (end - start) * math.sqrt(p)
+        if self.type == "inverse_sqrt":
+            # Falls as 1/sqrt(1 + units), and is moved and stretched to reach `end` at p = 1.
+            fallen = (1 - 1 / math.sqrt(1 + p * length)) / (1 - 1 / math.sqrt(1 + length))
+            return start + (end - start) * fallen
+        return start + (end - start) * p
+
+
+class Segment(BaseModel):
+    """One piece of a piecewise schedule: until unit `until` (none: the end of the run) the value goes to `end`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    until: int | None = Field(default=None, ge=1, description="the unit where the segment ends; none: the run's end")
+    start: float
+    end: float
+    type: Shape = "linear"
+
+
+class Piecewise(BaseModel):
+    """Segments one after another, in the order of their `until`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    by: Unit = "epoch"
+    segments: tuple[Segment, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Piecewise:
+        ends = [segment.until for segment in self.segments[:-1]]
+        if None in ends:
+            raise ValueError("only the last segment may go on to the end of the run; give the others `until`")
+        marks = [each for each in (*ends, self.segments[-1].until) if each is not None]
+        if any(later <= earlier for earlier, later in zip(marks, marks[1:], strict=False)):
+            raise ValueError(f"`until` must rise from segment to segment, not {marks}")
+        for segment in self.segments:
+            Ramp(start=segment.start, end=segment.end, type=segment.type)
+        return self
+
+    def at(self, position: int, total: int) -> float:
+        """The value after `position` of `total` units; after the last segment it stays."""
+        begin = 0
+        for segment in self.segments:
+            end = total if segment.until is None else segment.until
+            if position < end:
+                ramp = Ramp(start=segment.start, end=segment.end, type=segment.type)
+                return ramp.at(position - begin, max(1, end - begin))
+            begin = end
+        return self.segments[-1].end
+
+
+Entry = Annotated[Ramp | Piecewise, Field(union_mode="left_to_right")]
+"""What a profile may say under `schedules.<value>`."""
+
+_ENTRY: TypeAdapter[Ramp] = TypeAdapter(Ramp)
+_PIECEWISE: TypeAdapter[Piecewise] = TypeAdapter(Piecewise)
+
+
+def parse_entry(value: object) -> Ramp | Piecewise:
+    """The schedule of one value. Raises pydantic's `ValidationError`."""
+    if isinstance(value, list | tuple):
+        value = {"segments": value}
+    if isinstance(value, Mapping) and "segments" in value:
+        return _PIECEWISE.validate_python(value)
+    return _ENTRY.validate_python(value)
+
+
+class Schedule:
+    """The schedules of a profile, or of a plain mapping such as a profile's `schedules` section."""
+
+    def __init__(self, config: APTConfig | Mapping[str, object]) -> None:
+        entries: Mapping[str, object] = config.schedules if isinstance(config, APTConfig) else config
+        self._switches: dict[str, tuple[Unit, int]] = {}
+        self._params: dict[str, Ramp | Piecewise] = {}
+        for key, value in entries.items():
+            if match := SWITCH.fullmatch(key):
+                self._add_switch(key, match["plugin"], "epoch" if match["unit"] == "epoch" else "step", value)
+            else:
+                self.add_param_schedule(key, value)
+
+    @property
+    def params(self) -> Mapping[str, Ramp | Piecewise]:
+        """The scheduled values."""
+        return self._params
+
+    @property
+    def switches(self) -> Mapping[str, tuple[Unit, int]]:
+        """Plugin -> the unit, and from which epoch or step on it is on."""
+        return self._switches
+
+    def add_param_schedule(self, name: str, schedule: object) -> None:
+        """Add a value, or replace its schedule. Raises `ScheduleError` where it is not well formed."""
+        try:
+            self._params[name] = parse_entry(schedule)
+        except ValidationError as error:
+            faults = "; ".join(
+                f"{'.'.join(map(str, each['loc'])) or 'value'}: {each['msg']}" for each in error.errors()
+            )
+            raise ScheduleError(f"schedules.{name}: {faults}") from error
+
+    def should_enable_plugin(self, name: str, epoch: int | None = None, step: int | None = None) -> bool:
+        """Whether the plugin is on: from its epoch or step on; always where no schedule names it.
+
+        Raises `ScheduleError` where the unit that its schedule counts in is not given.
+        """
+        if name not in self._switches:
+            return True
+        unit, start = self._switches[name]
+        position = epoch if unit == "epoch" else step
+        if position is None:
+            raise ScheduleError(f"schedules.enable_{name}_at_{unit}: give {unit}= to know whether {name!r} is on")
+        return position >= start
+
+    def list_enabled_plugins(
+        self, plugins: Iterable[str] | None = None, epoch: int | None = None, step: int | None = None
+    ) -> list[str]:
+        """Those of `plugins` (by default, those that a schedule names) which are on."""
+        names = self._switches if plugins is None else plugins
+        return [name for name in names if self.should_enable_plugin(name, epoch, step)]
+
+    def get_param(
+        self,
+        name: str,
+        epoch: int | None = None,
+        step: int | None = None,
+        max_epochs: int | None = None,
+        max_steps: int | None = None,
+    ) -> float:
+        """The value now. Raises `ScheduleError` where it has no schedule, or its unit is not given."""
+        if name not in self._params:
+            hint = nearest(name, self._params) or f"scheduled: {', '.join(self._params) or 'nothing'}"
+            raise ScheduleError(f"{name!r} has no schedule; {hint}")
+        entry = self._params[name]
+        position, total = (epoch, max_epochs) if entry.by == "epoch" else (step, max_steps)
+        if position is None or total is None:
+            raise ScheduleError(f"schedules.{name} goes by {entry.by}: give {entry.by}= and max_{entry.by}s=")
+        return entry.at(position, total)
+
+    def get_all_params(
+        self,
+        epoch: int | None = None,
+        step: int | None = None,
+        max_epochs: int | None = None,
+        max_steps: int | None = None,
+    ) -> dict[str, float]:
+        """Every scheduled value now."""
+        return {name: self.get_param(name, epoch, step, max_epochs, max_steps) for name in self._params}
+
+    def _add_switch(self, key: str, plugin: str, unit: Unit, value: object) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ScheduleError(f"schedules.{key}: {value!r} is not a number of {unit}s; give 0, 1, 2, ...")
+        if plugin in self._switches:
+            raise ScheduleError(f"schedules.{key}: {plugin!r} is switched on by another line as well; keep one")
+        self._switches[plugin] = (unit, value)
