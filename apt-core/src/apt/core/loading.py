@@ -42,8 +42,7 @@ def load_object(record: ProviderRecord) -> object:
 def check_class(record: ProviderRecord, found: object) -> type[Provider]:
     """The object as a provider class of the record's kind.
 
-    Raises `ProviderBrokenError` where it is not one or was written for another API level, `RequirementError` where it
-    needs what is not installed.
+    Raises `ProviderBrokenError` where it is not one, is not complete, or was written for another API level.
     """
     interface = INTERFACES.get(record.kind, Provider)
     if not (isinstance(found, type) and issubclass(found, interface)):
@@ -56,10 +55,9 @@ def check_class(record: ProviderRecord, found: object) -> type[Provider]:
         message = (
             f"{record} is written for API level {found.api_level} of apt-core; this apt-core has level {API_LEVEL}"
         )
-        raise RequirementError(record.kind, record.name, f"{message}; install a version of it that goes with this one")
+        raise ProviderBrokenError(record.kind, record.name, f"{message}; {_other_version(record)}")
     if missing := sorted(getattr(found, "__abstractmethods__", ())):
         raise _broken(record, f"{found.__qualname__} does not implement {', '.join(missing)}")
-    check_dependencies(record, found)
     return found
 
 
@@ -84,7 +82,7 @@ def check_distribution(record: ProviderRecord) -> None:
 
 
 def check_dependencies(record: ProviderRecord, provider: type[Provider]) -> None:
-    """Hold what the class itself says that it needs against what is installed."""
+    """Hold what the class itself says that it needs against what is installed. Raises `RequirementError`."""
     from apt.core.requirements import InvalidRequirement, check_requirements, install_line
 
     try:

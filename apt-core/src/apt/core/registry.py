@@ -23,7 +23,7 @@ from pydantic_core import PydanticCustomError
 from apt.core.catalogue import COMMAND, Catalogue
 from apt.core.discovery import Discovery, ProviderRecord, discover
 from apt.core.exclusions import Used, check_form, find_conflicts
-from apt.core.loading import check_class, load_object, registered
+from apt.core.loading import check_class, check_dependencies, load_object, registered
 from apt.core.local import LocalCode, is_local, read_local, run_local
 from apt.core.options import PROVIDER_FAULT, below, canonical, explain
 from apt.core.provider import Provider
@@ -139,7 +139,10 @@ class Registry:
             return load_object(record)
 
     def load(self, kind: str, name: str) -> type[Provider]:
-        """The class of a provider, imported and checked; PyTorch is not needed. Raises `ProviderError`."""
+        """The class of a provider, imported and checked, to be described. PyTorch is not needed.
+
+        What `Provider.get_dependencies` adds need not be installed yet. Raises `ProviderError`.
+        """
         return self._load(kind, name)[1]
 
     def get(
@@ -299,6 +302,7 @@ class Registry:
 
     def _make(self, kind: str, name: str, options: Mapping[str, object]) -> Provider:
         record, found = self._load(kind, name)
+        check_dependencies(record, found)
         try:
             provider = found.model_validate(dict(options), context={"registry": self})
         except ValidationError as error:

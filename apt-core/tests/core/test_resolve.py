@@ -1,0 +1,265 @@
+"""A profile's names become providers, and all its faults one report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from apt.core.config import APTConfig, Choice, Data
+from apt.core.provider import Slot
+from apt.core.providers import (
+    AttentionProvider,
+    DataProvider,
+    Document,
+    FFNProvider,
+    Plugin,
+    RouterProvider,
+    Tokenizer,
+    TokenizerProvider,
+)
+from apt.core.registry import Registry
+from apt.core.resolve import resolve_config, walk
+from apt.errors import ProfileError
+
+
+class Attention(AttentionProvider):
+    r: int = 4
+
+    def create_layer(self, d_model, num_heads, dropout=0.0):
+        raise NotImplementedError
+
+    def get_parameter_count(self, d_model: int, num_heads: int) -> int:
+        return 0
+
+    def get_flops_estimate(self, seq_len: int, d_model: int, num_heads: int) -> int:
+        return 0
+
+    def get_memory_estimate(self, seq_len: int, d_model: int, num_heads: int, batch_size: int = 1) -> int:
+        return 0
+
+    def get_cache_size(self, d_model: int, num_heads: int) -> int:
+        return 0
+
+
+class Router(RouterProvider):
+    scheduled: ClassVar[Mapping[str, str]] = {"route_temp": "temperature"}
+
+    def create_router(self, d_model, num_experts, top_k=2):
+        raise NotImplementedError
+
+    def route(self, router, inputs, train=True):
+        raise NotImplementedError
+
+    def compute_load_balance_loss(self, router_logits, expert_mask):
+        raise NotImplementedError
+
+    def get_parameter_count(self, d_model: int, num_experts: int) -> int:
+        return 0
+
+
+class ExpertChoice(Router):
+    capabilities: ClassVar[frozenset[str]] = frozenset({"noncausal"})
+
+
+class FFN(FFNProvider):
+    experts: int = 4
+    router: Slot[RouterProvider] = "topk"
+    others: dict[str, Slot[RouterProvider]] = {}
+
+    scheduled: ClassVar[Mapping[str, str]] = {"capacity": "capacity"}
+    excludes: ClassVar[tuple[str, ...]] = ("plugin.lone",)
+
+    def create_layer(self, d_model, d_ff, dropout=0.0, activation="gelu"):
+        raise NotImplementedError
+
+    def get_parameter_count(self, d_model: int, d_ff: int) -> int:
+        return 0
+
+    def get_flops_estimate(self, seq_len: int, d_model: int, d_ff: int) -> int:
+        return 0
+
+    def get_memory_estimate(self, seq_len: int, d_model: int, d_ff: int, batch_size: int = 1) -> int:
+        return 0
+
+
+class Text(DataProvider):
+    path: str = ""
+
+    def read(self) -> Sequence[Document]:
+        return []
+
+
+class Letters(TokenizerProvider):
+    size: int = 30
+
+    def train(self, texts: Iterable[str]) -> Tokenizer:
+        raise NotImplementedError
+
+    def load(self, folder: Path) -> Tokenizer:
+        raise NotImplementedError
+
+    def get_vocab_size(self) -> int:
+        return self.size
+
+
+class Switch(Plugin):
+    scheduled: ClassVar[Mapping[str, str]] = {"pace": ""}
+
+
+class Lone(Plugin):
+    pass
+
+
+@pytest.fixture
+def registry():
+    made = Registry()
+    made.register("attention", "att", Attention)
+    made.register("ffn", "mix", FFN)
+    made.register("router", "topk", Router)
+    made.register("router", "choice", ExpertChoice)
+    made.register("data", "text", Text)
+    made.register("tokenizer", "letters", Letters)
+    made.register("plugin", "switch", Switch)
+    made.register("plugin", "lone", Lone)
+    return made
+
+
+def profile(**fields) -> APTConfig:
+    given = {"attention_name": "att", "ffn_name": "mix"} | fields
+    data = given.pop("data", {})
+    return APTConfig(data=Data(**({"source": "text", "tokenizer": Choice(provider="letters")} | data)), **given)
+
+
+def faults(registry: Registry, config: APTConfig) -> dict[str, str]:
+    with pytest.raises(ProfileError) as caught:
+        resolve_config(config, registry)
+    assert len({fault.where for fault in caught.value.faults}) == len(caught.value.faults)
+    return {fault.where: f"{fault.what}; {fault.hint}" for fault in caught.value.faults}
+
+
+def test_all_that_the_profile_uses_is_resolved(registry):
+    options = {"attention": {"r": 8}, "ffn": {"router": {"provider": "topk", "top_k": 1}}}
+    found = resolve_config(profile(options=options, plugins=("switch",), data={"path": "x"}), registry)
+    assert set(found.providers) == {"attention", "ffn", "data", "tokenizer"}
+    assert found.providers["attention"].r == 8
+    assert found.providers["data"].path == "x"
+    assert list(found.plugins) == ["switch"]
+    assert [where for where, _ in found.parts()] == [
+        "model.attention",
+        "model.ffn",
+        "model.ffn.router",
+        "data",
+        "data.tokenizer",
+        "plugins.switch",
+    ]
+    assert found.resolutions[2].provider.top_k == 1
+    assert {value: provider.get_name() for value, provider in found.scheduled.items()} == {
+        "capacity": "mix",
+        "route_temp": "topk",
+        "pace": "switch",
+    }
+
+
+def test_plugins_keep_the_order_of_the_profile(registry):
+    registry.register("ffn", "plain", type("Plain", (FFN,), {"excludes": (), "__annotations__": {}}))
+    config = profile(ffn_name="plain", plugins=("switch", "lone"))
+    assert list(resolve_config(config, registry).plugins) == ["switch", "lone"]
+
+
+def test_every_fault_is_reported_at_once_with_its_path(registry):
+    options = {"attention": {"rr": 1}, "ffn": {"router": {"provider": "topk", "top_k": 0}, "expert": 1}}
+    data = {"source": "texts", "tokenizer": Choice(provider="letters", options={"size": "many"})}
+    found = faults(registry, profile(options=options, plugins=("swich",), data=data))
+    assert set(found) == {
+        "model.attention.rr",
+        "model.ffn.router.top_k",
+        "model.ffn.expert",
+        "data.source",
+        "data.tokenizer.size",
+        "plugins",
+    }
+    assert "did you mean 'r'?" in found["model.attention.rr"]
+    assert "did you mean 'experts'?" in found["model.ffn.expert"]
+    assert "did you mean 'text'?" in found["data.source"]
+    assert "did you mean 'switch'?" in found["plugins"]
+
+
+def test_a_provider_that_is_not_installed_is_named_with_its_distribution():
+    registry = Registry()
+    found = faults(registry, profile(attention_name="tva_default", plugins=("align",), retrieval_name="cosine"))
+    assert "pip install apt-attention-tva" in found["model.attention.provider"]
+    assert "pip install apt-align" in found["model.align.provider"]
+    assert "pip install apt-align" in found["plugins"]
+    assert "pip install apt-rag" in found["model.retrieval.provider"]
+
+
+def test_a_stated_fallback_is_in_the_resolutions(registry):
+    found = resolve_config(profile(attention_name="flash", fallback={"attention": ("att",)}), registry)
+    first = found.resolutions[0]
+    assert (first.where, first.asked, first.used) == ("model.attention", "flash", "att")
+    assert "'flash' is installed" in first.why
+
+
+def test_a_fallback_inside_a_provider_is_in_the_resolutions(registry):
+    router = {"provider": "gone", "fallback": ["topk"]}
+    found = resolve_config(profile(options={"ffn": {"router": router}}), registry)
+    assert [(each.where, each.asked, each.used) for each in found.resolutions if each.why] == [
+        ("model.ffn.router", "gone", "topk")
+    ]
+
+
+def test_exclusions_of_the_whole_profile_are_found(registry):
+    found = faults(registry, profile(plugins=("lone",)))
+    assert found == {"model.ffn": "ffn.mix excludes plugin.lone; plugins.lone uses plugin.lone; one of the two has to go"}
+
+
+def test_what_sees_later_tokens_is_refused_in_a_decoder(registry):
+    options = {"ffn": {"router": "choice"}}
+    found = faults(registry, profile(options=options))
+    assert "a decoder may not see" in found["model.ffn.router"]
+    assert resolve_config(profile(options=options, architecture="encoder_decoder"), registry)
+
+
+def test_schedules_must_name_plugins_that_are_listed_and_values_that_are_read(registry):
+    schedules = {
+        "enable_swich_at_epoch": 1,
+        "enable_switch_at_epoch": 1,
+        "enable_switch_at_step": 1,
+        "route_tmp": {"start": 1, "end": 2},
+        "capacity": {"start": 1, "end": 2},
+    }
+    found = faults(registry, profile(plugins=("switch",), schedules=schedules))
+    assert found == {
+        "schedules.enable_swich_at_epoch": "the profile does not list the plugin 'swich'; did you mean 'switch'?",
+        "schedules.enable_switch_at_step": "enable_switch_at_epoch switches 'switch' on as well; keep one",
+        "schedules.route_tmp": "this model has no such value; did you mean 'route_temp'? "
+        "it has: capacity, pace, route_temp",
+    }
+
+
+def test_a_value_is_not_called_unknown_while_a_provider_is(registry):
+    found = faults(registry, profile(attention_name="gone", schedules={"anything": 1}))
+    assert set(found) == {"model.attention.provider"}
+
+
+def test_a_plugin_is_listed_once(registry):
+    assert set(faults(registry, profile(plugins=("switch", "switch")))) == {"plugins"}
+
+
+def test_a_vocabulary_that_is_too_small_is_refused(registry):
+    assert "has 30 ids; give at least 30" in faults(registry, profile(vocab_size=29))["model.vocab_size"]
+    assert resolve_config(profile(vocab_size=30), registry)
+
+
+def test_walking_finds_providers_in_containers_too():
+    router = Router()
+    ffn = FFN(router=router, others={"a": Router(), "b": Router()})
+    assert [where for where, _ in walk(ffn, "model.ffn")] == [
+        "model.ffn",
+        "model.ffn.router",
+        "model.ffn.others.a",
+        "model.ffn.others.b",
+    ]
