@@ -14,8 +14,8 @@ from apt_moe.layer import MixtureOfExperts
 from apt_moe.plugin import MoEPlugin
 
 CONFIG = APTConfig(
-    vocab_size=50,
-    d_model=16,
+    vocab_size=300,
+    d_model=32,
     d_ff=24,
     num_heads=2,
     num_layers=2,
@@ -33,7 +33,7 @@ STATE = RunState(step=10, epoch=1, max_steps=20, max_epochs=2, plugins_on=("moe"
 
 def step(model: Decoder, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
-    tokens = torch.randint(50, (8, 17))
+    tokens = torch.randint(300, (16, 33))
     output = model(tokens[:, :-1])
     loss = nn.functional.cross_entropy(output.logits.flatten(0, 1), tokens[:, 1:].flatten())
     (loss + sum(output.losses.values())).backward()
@@ -43,7 +43,7 @@ def step(model: Decoder, optimizer: torch.optim.Optimizer) -> None:
 @torch.no_grad()
 def evaluation_loss(model: Decoder) -> float:
     model.eval()
-    tokens = torch.randint(50, (4, 17), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(300, (4, 17), generator=torch.Generator().manual_seed(1))
     loss = nn.functional.cross_entropy(model(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten())
     model.train()
     return loss.item()
@@ -97,7 +97,7 @@ def test_after_the_switch_every_expert_gets_tokens_and_gradient_and_they_part_wa
     model, optimizer = run
     set_active(model, "moe", True)
     MoEPlugin().apt_phase_changed(STATE, "moe", model, optimizer)
-    loads = model(torch.randint(50, (8, 16))).metrics["moe_load"]
+    loads = model(torch.randint(300, (16, 32))).metrics["moe_load"]
     assert (loads > 0).all()
     step(model, optimizer)
     for layer in mixtures(model):
