@@ -23,6 +23,7 @@ from typing import Literal
 
 from apt.core.catalogue import COMMAND, describe_collision
 from apt.core.discovery import ProviderRecord, discover
+from apt.core.hooks import HookRunner
 from apt.core.provider import Provider
 from apt.core.providers import Plugin
 from apt.core.registry import Registry
@@ -219,6 +220,4 @@ def _lacks_own_requirement(registry: Registry, kind: str, name: str) -> bool:
 
 def _check_hooks(name: str, provider: Provider) -> None:
     if isinstance(provider, Plugin):
-        from apt.core.hooks import HookRunner
-
         HookRunner({name: provider})

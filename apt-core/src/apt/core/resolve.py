@@ -7,19 +7,19 @@ name plugins that are listed and values that something reads; that the tokenizer
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from apt.core.config import APTConfig, Choice
 from apt.core.exclusions import find_conflicts
+from apt.core.hooks import HookRunner
 from apt.core.options import below, join, relative
 from apt.core.provider import Provider
 from apt.core.providers import Plugin, TokenizerProvider
 from apt.core.registry import Registry, Resolution
-from apt.errors import Fault, OptionsError, ProfileError, ProviderError, nearest
+from apt.core.schedules import SWITCH, Schedule
+from apt.errors import Fault, OptionsError, PluginError, ProfileError, ProviderError, ScheduleError, nearest
 
-_SWITCH = re.compile(r"enable_(?P<plugin>.+)_at_(?P<unit>epoch|step)")
 NOT_IN_A_DECODER = {"noncausal": "a decoder may not see the tokens that it is to predict"}
 
 
@@ -135,8 +135,13 @@ class _Resolver:
                 continue
             options = self.config.options.get(f"plugin.{name}", {})
             plugin = self._resolve("plugin", f"plugins.{name}", Choice(provider=name, options=options), "plugins")
-            if isinstance(plugin, Plugin):
-                plugins[name] = plugin
+            if not isinstance(plugin, Plugin):
+                continue
+            try:
+                HookRunner({name: plugin})
+            except PluginError as error:
+                self.faults.append(Fault("plugins", str(error)))
+            plugins[name] = plugin
         return plugins
 
     def _check_exclusions(self) -> None:
@@ -146,17 +151,22 @@ class _Resolver:
 
     def _check_schedules(self, scheduled: Mapping[str, Provider]) -> None:
         listed = self.config.plugins
-        units: dict[str, str] = {}
-        for key in self.config.schedules:
+        switched: dict[str, str] = {}
+        for key, value in self.config.schedules.items():
             where = f"schedules.{key}"
-            if switch := _SWITCH.fullmatch(key):
+            try:
+                Schedule({key: value})
+            except ScheduleError as error:
+                self.faults.append(Fault(where, str(error).removeprefix(f"{where}: ")))
+                continue
+            if switch := SWITCH.fullmatch(key):
                 plugin = switch["plugin"]
                 if plugin not in listed:
                     hint = nearest(plugin, listed) or f"add it: plugins: [{', '.join((*listed, plugin))}]"
                     self.faults.append(Fault(where, f"the profile does not list the plugin {plugin!r}", hint))
-                elif plugin in units:
-                    self.faults.append(Fault(where, f"{units[plugin]} switches {plugin!r} on as well", "keep one"))
-                units.setdefault(plugin, key)
+                elif plugin in switched:
+                    self.faults.append(Fault(where, f"{switched[plugin]} switches {plugin!r} on as well", "keep one"))
+                switched.setdefault(plugin, key)
             elif key not in scheduled and not self.incomplete:
                 known = f"it has: {', '.join(sorted(scheduled))}" if scheduled else "it has none"
                 hint = " ".join(filter(None, (nearest(key, scheduled), known)))

@@ -1,0 +1,397 @@
+"""Profiles: a YAML document, what it inherits, and the command line become one `APTConfig`, and every value keeps its origin.
+
+The way: read the file and its chain of `base`; translate old keys; merge; apply ``--set`` and ``--plugins``; validate
+the values; resolve the providers. All faults are reported together, each with the place where the value was said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+from pydantic import ValidationError
+
+from apt.core import yaml
+from apt.core.config import APTConfig, Choice, Data, Debug, Evaluation, Hardware, Monitoring, Training
+from apt.core.legacy import KINDS, translate
+from apt.core.local import LocalCode
+from apt.core.registry import Registry
+from apt.core.registry import registry as installed
+from apt.core.resolve import Resolved, resolve_config
+from apt.core.yaml import Key, Origin, Source, Value
+from apt.errors import Fault, ProfileError, ProviderError, nearest
+
+RENAMED = {
+    "learning_rate": "base_lr",
+    "warmup_steps": "warmup_steps",
+    "weight_decay": "weight_decay",
+    "gradient_clip": "gradient_clip",
+}
+"""Keys of `training` that are fields of `APTConfig` itself."""
+SECTIONS = {
+    "training": Training,
+    "evaluation": Evaluation,
+    "monitoring": Monitoring,
+    "hardware": Hardware,
+    "debug": Debug,
+}
+TOP = ("name", "version", "description", "schedules", "extra")
+_NOT_OF_THE_MODEL = {*TOP, *SECTIONS, *RENAMED.values(), "plugins", "data", "options", "fallback"}
+MODEL = tuple(
+    name
+    for name in APTConfig.model_fields
+    if name not in _NOT_OF_THE_MODEL and name not in {f"{kind}_name" for kind in KINDS}
+)
+"""Keys of `model` that are fields of `APTConfig`."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A profile that was read: the value, where each part of it was said, and its providers."""
+
+    config: APTConfig
+    values: dict[str, Value]
+    """The document after inheritance and the command line, in today's form."""
+    origins: Mapping[str, Origin]
+    """Dotted path -> where its value was said; paths that are not here have their default."""
+    notes: tuple[str, ...] = ()
+    """One line for each old key that was translated."""
+    resolved: Resolved | None = None
+    files: tuple[Path, ...] = field(default=())
+
+    def origin(self, path: str) -> str:
+        """Where the value at a dotted path was said."""
+        return str(self.origins[path]) if path in self.origins else "default"
+
+
+def load_profile(
+    path: str | Path,
+    *,
+    sets: Sequence[str] = (),
+    plugins: Sequence[str] | None = None,
+    registry: Registry | None = None,
+    resolve: bool = True,
+    allow_local_code: bool = False,
+) -> Profile:
+    """Read, inherit, change, validate and resolve a profile. Raises `ProfileError` with every fault.
+
+    Provider code in a file beside the profile may run, since whoever names the profile here names that folder;
+    `allow_local_code` lets any file run.
+    """
+    path = Path(path)
+    files: list[Path] = []
+    merged, notes, faults = _inherit(_chain(path, files), plugins)
+    _change(merged, sets, plugins)
+    faults += _unknown_keys(merged.values)
+    flat, more = _flatten(merged.values)
+    faults += more
+    registry = installed if registry is None else registry
+    registry.allow_local_code(LocalCode(path.parent, anywhere=allow_local_code))
+    config, more = _validate(flat, merged.values, registry)
+    faults += more
+    resolved: Resolved | None = None
+    if config is not None:
+        faults += _across_fields(config)
+        if resolve:
+            try:
+                resolved = resolve_config(config, registry)
+            except ProfileError as error:
+                faults += error.faults
+    origins = {_dotted(key): origin for key, origin in merged.origins.items()}
+    if faults:
+        raise ProfileError([_placed(fault, origins, str(path)) for fault in dict.fromkeys(faults)])
+    assert config is not None
+    return Profile(config, merged.values, origins, tuple(notes), resolved, tuple(files))
+
+
+def to_profile(config: APTConfig) -> dict[str, Value]:
+    """The canonical nested form of a configuration, with every value, as a profile says it."""
+    dumped = cast("dict[str, Value]", config.model_dump(mode="json"))
+    options = cast("dict[str, dict[str, Value]]", dumped["options"])
+    fallback = cast("dict[str, list[Value]]", dumped["fallback"])
+    model: dict[str, Value] = {name: dumped[name] for name in MODEL}
+    for kind in KINDS:
+        used = {"align": "align" in config.plugins, "retrieval": config.retrieval_name != "none"}
+        if used.get(kind, True):
+            choice: dict[str, Value] = {"provider": dumped[f"{kind}_name"]}
+            if fallback.get(kind):
+                choice["fallback"] = fallback[kind]
+            model[kind] = {**choice, **options.get(kind, {})}
+    training = {old: dumped[new] for old, new in RENAMED.items()} | cast("dict[str, Value]", dumped["training"])
+    plugins: list[Value] = [
+        {name: options[f"plugin.{name}"]} if options.get(f"plugin.{name}") else name for name in config.plugins
+    ]
+    data = cast("dict[str, Value]", dumped["data"])
+    tokenizer = cast("dict[str, Value]", data["tokenizer"])
+    data["tokenizer"] = {"provider": tokenizer["provider"], **cast("dict[str, Value]", tokenizer["options"])}
+    profile: dict[str, Value] = {name: dumped[name] for name in ("name", "version", "description")}
+    profile |= {"plugins": plugins, "model": model, "training": training, "schedules": dumped["schedules"], "data": data}
+    profile |= {name: dumped[name] for name in SECTIONS if name != "training"}
+    if dumped["extra"]:
+        profile["extra"] = dumped["extra"]
+    return profile
+
+
+def dump_profile(config: APTConfig) -> str:
+    """The canonical form as YAML."""
+    return yaml.dump(to_profile(config))
+
+
+def read_resolved(path: Path, registry: Registry | None = None, allow_local_code: bool = False) -> Profile:
+    """The profile that a run or checkpoint holds; code in files runs only with `allow_local_code`."""
+    used = installed if registry is None else registry
+    profile = load_profile(path, registry=used, resolve=False, allow_local_code=allow_local_code)
+    used.allow_local_code(LocalCode(path.parent, anywhere=True) if allow_local_code else None)
+    return profile
+
+
+def _chain(path: Path, files: list[Path]) -> list[Source]:
+    """The file and what it inherits from, nearest first."""
+    real = path.resolve()
+    if real in files:
+        chain = " -> ".join(each.name for each in (*files, real))
+        raise ProfileError([Fault(str(path), f"inherits from itself: {chain}")])
+    files.append(real)
+    source = yaml.read_file(path)
+    base = source.values.pop("base", None)
+    if base is None:
+        return [source]
+    if not isinstance(base, str):
+        raise ProfileError([Fault(f"{source.origins[('base',)]}: base", f"{base!r} is not the path of a profile")])
+    return [source, *_chain(path.parent / base, files)]
+
+
+def _inherit(chain: list[Source], plugins: Sequence[str] | None) -> tuple[Source, list[str], list[Fault]]:
+    """The files of a chain, each translated, from the last base up."""
+    listed = plugins if plugins is not None else next((s.values["plugins"] for s in chain if "plugins" in s.values), [])
+    merged, notes, faults = Source({}, {}), [], []
+    for source in reversed(chain):
+        translated, more, others = translate(source, listed)
+        merged = Source(*_merge(merged, translated))
+        notes += more
+        faults += others
+    return merged, notes, faults
+
+
+def _merge(below: Source, above: Source) -> tuple[dict[str, Value], dict[Key, Origin]]:
+    origins = dict(below.origins)
+
+    def merge(low: dict[str, Value], high: dict[str, Value], path: Key) -> dict[str, Value]:
+        result = dict(low)
+        # Options belong to their provider: another provider starts with none.
+        if "provider" in high and high["provider"] != low.get("provider", high["provider"]):
+            result = {}
+        for key, value in high.items():
+            here, old = (*path, key), result.get(key)
+            if isinstance(old, dict) and isinstance(value, dict):
+                result[key] = merge(old, value, here)
+            else:
+                result[key] = value
+        return result
+
+    values = merge(below.values, above.values, ())
+    origins.update(above.origins)
+    return values, origins
+
+
+def _change(source: Source, sets: Sequence[str], plugins: Sequence[str] | None) -> None:
+    """Apply the command line."""
+    for text in sets:
+        path, equals, value = text.partition("=")
+        keys = [key for key in path.strip().split(".") if key]
+        if not equals or not keys:
+            raise ProfileError([Fault(f"--set {text}", "is not of the form a.b=value")])
+        where: dict[str, Value] = source.values
+        for key in keys[:-1]:
+            inner = where.get(key)
+            if isinstance(inner, str) and (key in KINDS or key in ("router", "expert", "tokenizer")):
+                inner = {"provider": inner}
+            if inner is None:
+                inner = {}
+            if not isinstance(inner, dict):
+                raise ProfileError([Fault(f"--set {text}", f"{key} is {inner!r}, which holds no {keys[-1]}")])
+            where[key] = inner = dict(inner)
+            where = inner
+        parsed = yaml.parse_value(value)
+        if keys[-1] == "provider" and where.get("provider") not in (None, parsed):
+            where.clear()
+        where[keys[-1]] = parsed
+        source.origins[tuple(keys)] = Origin(f"--set {text}")
+    if plugins is not None:
+        source.values["plugins"] = list(plugins)
+        source.origins[("plugins",)] = Origin("--plugins")
+
+
+def _unknown_keys(values: Mapping[str, Value]) -> list[Fault]:
+    known = (*TOP, "base", "plugins", "model", "data", *SECTIONS)
+    faults = [Fault(key, "no such section", _hint(key, known)) for key in values if key not in known]
+    keys: dict[str, tuple[str, ...]] = {name: tuple(section.model_fields) for name, section in SECTIONS.items()}
+    keys["training"] += tuple(RENAMED)
+    keys["model"] = (*MODEL, *KINDS)
+    for section, allowed in keys.items():
+        inner = values.get(section, {})
+        if isinstance(inner, dict):
+            faults += [
+                Fault(f"{section}.{key}", "no such option", _hint(key, allowed)) for key in inner if key not in allowed
+            ]
+        else:
+            faults.append(Fault(section, f"{inner!r} is not a mapping", f"keys: {', '.join(allowed)}"))
+    return faults
+
+
+def _hint(key: str, known: Sequence[str]) -> str:
+    return " ".join(filter(None, (nearest(key, known), f"options: {', '.join(known)}")))
+
+
+def _flatten(values: Mapping[str, Value]) -> tuple[dict[str, object], list[Fault]]:
+    """The arguments of `APTConfig` that the document means. Unknown keys are left out: they are faults already."""
+    faults: list[Fault] = []
+    flat: dict[str, object] = {key: values[key] for key in TOP if key in values}
+    options: dict[str, object] = {}
+    fallback: dict[str, object] = {}
+    model = _mapping(values, "model")
+    flat |= {key: model[key] for key in MODEL if key in model}
+    for kind in KINDS:
+        if kind not in model:
+            continue
+        try:
+            choice = to_choice(model[kind])
+        except ValueError as error:
+            faults.append(Fault(f"model.{kind}", str(error)))
+            continue
+        if choice.provider:
+            flat[f"{kind}_name"] = choice.provider
+        options[kind] = choice.options
+        fallback[kind] = choice.fallback
+        if kind == "ffn" and isinstance(router := choice.options.get("router"), dict | str):
+            flat["router_name"] = router if isinstance(router, str) else router.get("provider", "topk_default")
+    plugins, more = _plugins(values.get("plugins", []))
+    faults += more
+    flat["plugins"] = tuple(plugins)
+    options |= {f"plugin.{name}": given for name, given in plugins.items() if given}
+    for name, section in SECTIONS.items():
+        inner = _mapping(values, name)
+        flat[name] = {key: value for key, value in inner.items() if key in section.model_fields}
+        if name == "training":
+            flat |= {RENAMED[key]: value for key, value in inner.items() if key in RENAMED}
+    data = dict(_mapping(values, "data"))
+    if "tokenizer" in data:
+        try:
+            data["tokenizer"] = to_choice(data["tokenizer"]).model_dump()
+        except ValueError as error:
+            faults.append(Fault("data.tokenizer", str(error)))
+            del data["tokenizer"]
+    flat |= {"data": data, "options": options, "fallback": {key: value for key, value in fallback.items() if value}}
+    return flat, faults
+
+
+def to_choice(value: Value) -> Choice:
+    """A provider as a profile asks for it: its name, or a mapping with `provider`. Raises `ValueError`."""
+    if isinstance(value, str):
+        return Choice(provider=value)
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r} is not a provider; give a name, or {{provider: name, option: value}}")
+    provider, fallback = value.get("provider", ""), value.get("fallback", [])
+    names = [fallback] if isinstance(fallback, str) else fallback
+    if not isinstance(provider, str) or not isinstance(names, list) or not all(isinstance(each, str) for each in names):
+        raise ValueError("provider must be a name, and fallback a list of names")
+    rest = {key: each for key, each in value.items() if key not in ("provider", "fallback")}
+    return Choice(provider=provider, fallback=tuple(map(str, names)), options=rest)
+
+
+def _plugins(value: Value) -> tuple[dict[str, Value], list[Fault]]:
+    plugins: dict[str, Value] = {}
+    faults: list[Fault] = []
+    if not isinstance(value, list):
+        return {}, [Fault("plugins", f"{value!r} is not a list", "write plugins: [moe, align]")]
+    for index, entry in enumerate(value):
+        pairs: list[tuple[str, Value]] = []
+        if isinstance(entry, str):
+            pairs = [(entry, {})]
+        elif isinstance(entry, dict):
+            pairs = list(entry.items())
+        else:
+            faults.append(Fault(f"plugins.{index}", f"{entry!r} is not a plugin", "give a name, or {name: {option: value}}"))
+        for name, options in pairs:
+            if name in plugins:
+                faults.append(Fault(f"plugins.{index}", f"{name!r} is listed twice"))
+            plugins[name] = options
+    return plugins, faults
+
+
+def _mapping(values: Mapping[str, Value], key: str) -> dict[str, Value]:
+    inner = values.get(key)
+    return inner if isinstance(inner, dict) else {}
+
+
+def _validate(
+    flat: dict[str, object], values: Mapping[str, Value], registry: Registry
+) -> tuple[APTConfig | None, list[Fault]]:
+    try:
+        config = APTConfig.model_validate(flat)
+    except ValidationError as error:
+        return None, [
+            Fault(_document_path(detail["loc"]), f"{detail['input']!r} is not allowed", detail["msg"][:1].lower() + detail["msg"][1:])
+            for detail in error.errors(include_url=False)
+        ]
+    faults: list[Fault] = []
+    if "vocab_size" not in _mapping(values, "model"):
+        try:
+            tokenizer = registry.resolve("tokenizer", config.data.tokenizer).provider
+        except ProviderError:
+            return config, faults  # reported with the others when the providers are resolved
+        config = config.model_copy(update={"vocab_size": tokenizer.get_vocab_size()})  # type: ignore[attr-defined]
+    return config, faults
+
+
+def _across_fields(config: APTConfig) -> list[Fault]:
+    """What no field can know by itself."""
+    faults: list[Fault] = []
+    if config.d_model % config.num_heads:
+        near = config.d_model - config.d_model % config.num_heads or config.num_heads
+        faults.append(
+            Fault("model.d_model", f"{config.d_model} is not a multiple of num_heads {config.num_heads}", f"such as {near}")
+        )
+    training = config.training
+    if training.max_epochs is None and training.max_steps is None:
+        faults.append(Fault("training", "gives neither max_epochs nor max_steps", "say how long to train"))
+    if training.max_steps is not None and config.warmup_steps > training.max_steps:
+        faults.append(
+            Fault("training.warmup_steps", f"{config.warmup_steps} is more than max_steps {training.max_steps}")
+        )
+    for kind, needs in (("align", "align" in config.plugins), ("retrieval", config.retrieval_name != "none")):
+        if kind in config.options and not needs:
+            hint = "add it to plugins, or leave the section out" if kind == "align" else "name a provider"
+            faults.append(Fault(f"model.{kind}", "is configured, but nothing switches it on", hint))
+    return faults
+
+
+def _document_path(loc: Sequence[int | str]) -> str:
+    """Where a field of `APTConfig` stands in a profile."""
+    first, *rest = (str(part) for part in loc)
+    backwards = {new: f"training.{old}" for old, new in RENAMED.items()}
+    if first in backwards:
+        first = backwards[first]
+    elif first in MODEL:
+        first = f"model.{first}"
+    elif first.endswith("_name"):
+        first = f"model.{first.removesuffix('_name')}.provider"
+    elif first in ("options", "fallback"):
+        first = "model"
+    return ".".join((first, *rest))
+
+
+def _placed(fault: Fault, origins: Mapping[str, Origin], file: str) -> Fault:
+    """The fault with the place of its value, or of the nearest thing around it that was said."""
+    parts = fault.where.split(".")
+    for length in range(len(parts), 0, -1):
+        origin = origins.get(".".join(parts[:length]))
+        if origin is not None:
+            return Fault(f"{origin}: {fault.where}", fault.what, fault.hint)
+    return Fault(f"{file}: {fault.where}", fault.what, fault.hint)
+
+
+def _dotted(key: Key) -> str:
+    return ".".join(str(part) for part in key)
