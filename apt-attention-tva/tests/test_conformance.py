@@ -183,7 +183,9 @@ def test_compiled_whole_it_gives_the_same(layer: nn.Module, seq: int) -> None:
     torch.testing.assert_close(output(compiled(x)), output(layer(x)))
 
 
-def test_it_is_built_on_the_meta_device_and_filled_from_a_state_dict(provider: AttentionProvider, layer: nn.Module) -> None:
+def test_it_is_built_on_the_meta_device_and_filled_from_a_state_dict(
+    provider: AttentionProvider, layer: nn.Module
+) -> None:
     with torch.device("meta"):
         empty = provider.create_layer(D_MODEL, HEADS)
     assert isinstance(empty, nn.Module)
@@ -222,7 +224,11 @@ def test_recomputed_activations_give_equal_gradients_and_buffers(provider: Atten
         layer = trained(provider, dropout=0.3).train()
         torch.manual_seed(3)
         x = states(1, seq).requires_grad_()
-        mixed = checkpoint(lambda x, layer=layer: output(layer(x)), x, use_reentrant=False) if recompute else output(layer(x))
+        mixed = (
+            checkpoint(lambda x, layer=layer: output(layer(x)), x, use_reentrant=False)
+            if recompute
+            else output(layer(x))
+        )
         mixed.square().sum().backward()
         gradients.append([x.grad, *(parameter.grad for parameter in layer.parameters())])
         buffers.append(dict(layer.named_buffers()))

@@ -76,34 +76,35 @@ class AutopoieticAttention(Heads):
         blocks = []
         for start in range(0, seq, BLOCK):
             end = min(start + BLOCK, seq)
-            seen = kv - seq + end if causal else kv
-            visible = torch.ones(1, 1, end - start, seen, dtype=torch.bool, device=q.device)
+            reach = kv - seq + end if causal else kv
+            visible = torch.ones(1, 1, end - start, reach, dtype=torch.bool, device=q.device)
             if causal:
                 visible = visible.tril(kv - seq + start)
             if mask is not None:
-                visible = visible & mask[:, None, None, :seen]
-            arguments = (q[:, :, start:end], k[:, :, :seen], v[:, :, :seen], visible)
+                visible = visible & mask[:, None, None, :reach]
+            arguments = (q[:, :, start:end], k[:, :, :reach], v[:, :, :reach], visible.logical_not(), mask is not None)
             if seq > BLOCK and torch.is_grad_enabled():
                 blocks.append(checkpoint(self._block, *arguments, use_reentrant=False))
             else:
                 blocks.append(self._block(*arguments))
-        return torch.cat(blocks, 2)
+        return torch.cat(blocks, 2) if len(blocks) > 1 else blocks[0]
 
-    def _block(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    def _block(self, q: Tensor, k: Tensor, v: Tensor, unseen: Tensor, padded: bool) -> Tensor:
         queries = q.shape[2]
         # A group of query heads shares one key head: their queries are stacked, and no key is copied.
         grouped = (q * self.shape.scale).unflatten(1, (k.shape[1], -1)).flatten(2, 3)
         scores = (grouped @ k.transpose(-2, -1)).unflatten(2, (-1, queries)).flatten(1, 2)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        weights = self.adjust(scores, visible).softmax(-1)
-        # A row that sees nothing (left padding) gets 0, not the mean of what it must not see.
-        weights = weights.masked_fill(~visible, 0.0).to(v.dtype)
-        weights = nn.functional.dropout(weights, self.dropout, self.training)
+        weights = self.adjust(scores, unseen).softmax(-1)
+        if padded:
+            # A row that sees nothing (left padding) gets 0, not the mean of what it must not see.
+            weights = weights.masked_fill(unseen, 0.0)
+        weights = nn.functional.dropout(weights.to(v.dtype), self.dropout, self.training)
         grouped = weights.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
         return (grouped @ v).unflatten(2, (-1, queries)).flatten(1, 2)
 
-    def adjust(self, scores: Tensor, visible: Tensor) -> Tensor:
-        """Z of S [batch, H, q, kv], in float32 or wider; what is not visible gets the lowest number."""
+    def adjust(self, scores: Tensor, unseen: Tensor) -> Tensor:
+        """Z of S [batch, H, q, kv], in float32 or wider; what is `unseen` gets the lowest number."""
         adjusted = scores
         mean = scores.mean(1, keepdim=True) if self.alpha or self.beta else None
         if self.alpha and mean is not None:
@@ -113,5 +114,5 @@ class AutopoieticAttention(Heads):
             adjusted = torch.add(adjusted, bend, alpha=self.epsilon)
         coolness = torch.exp2(-self.theta.to(scores.dtype).tanh())
         if self.beta and mean is not None:
-            coolness = coolness * torch.exp(self.beta * (0.5 - row_entropy(mean, visible)))
-        return (adjusted * coolness).masked_fill(~visible, torch.finfo(scores.dtype).min)
+            coolness = coolness * torch.exp(self.beta * (0.5 - row_entropy(mean, unseen)))
+        return (adjusted * coolness).masked_fill(unseen, torch.finfo(scores.dtype).min)

@@ -21,13 +21,14 @@ def orthonormal(count: int, rank: int, width: int) -> Tensor:
 def compose_down(weight: Tensor, down: Tensor) -> Tensor:
     """(I (x) P) W: `weight` [heads * d, D] and `down` [n, r, d], n being 1 or heads, give [heads * r, D]."""
     heads = weight.unflatten(0, (-1, down.shape[-1]))
-    return (down @ heads).flatten(0, 1)
+    # bmm, because a broadcast product would copy the weight and keep the copy for the backward pass.
+    return torch.bmm(down.expand(len(heads), -1, -1), heads).flatten(0, 1)
 
 
 def compose_up(weight: Tensor, up: Tensor) -> Tensor:
     """W (I (x) U): `weight` [D, heads * d] and `up` [n, d, r], n being 1 or heads, give [D, heads * r]."""
     heads = weight.unflatten(1, (-1, up.shape[-2])).transpose(0, 1)
-    return (heads @ up).transpose(0, 1).flatten(1, 2)
+    return torch.bmm(heads, up.expand(len(heads), -1, -1)).transpose(0, 1).flatten(1)
 
 
 def lost_energy(h: Tensor, down: Tensor) -> Tensor:
@@ -64,13 +65,14 @@ def broken_line(x: Tensor, slope: Tensor, offset: Tensor, height: Tensor) -> Ten
     return piece[..., 0] * x + piece[..., 1]
 
 
-def row_entropy(scores: Tensor, visible: Tensor) -> Tensor:
+def row_entropy(scores: Tensor, unseen: Tensor) -> Tensor:
     """The entropy of softmax over each row's visible keys, over the logarithm of their number: in [0, 1], [..., q, 1].
 
-    `scores` [..., q, kv]; `visible` broadcasts to it. A row with one visible key, or none, has entropy 0.
+    `scores` [..., q, kv]; `unseen` broadcasts to it, True for keys that are not visible. A row with one visible key, or
+    none, has entropy 0.
     """
-    count = visible.sum(-1, keepdim=True)
+    count = unseen.logical_not().sum(-1, keepdim=True)
     # The lowest finite number, not -inf: a row without visible keys (padding) must not send NaN into the gradient.
-    logs = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).log_softmax(-1)
-    entropy = -(logs.exp() * logs.masked_fill(~visible, 0.0)).sum(-1, keepdim=True)
+    logs = scores.masked_fill(unseen, torch.finfo(scores.dtype).min).log_softmax(-1)
+    entropy = -(logs.exp() * logs.masked_fill(unseen, 0.0)).sum(-1, keepdim=True)
     return torch.where(count > 1, entropy / count.clamp(min=2).to(scores.dtype).log(), 0.0).clamp(0.0, 1.0)

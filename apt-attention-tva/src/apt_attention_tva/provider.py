@@ -9,7 +9,7 @@ from pydantic import Field
 
 from apt.core.providers import AttentionProvider
 from apt.errors import Fault, OptionsError
-from apt_attention_tva.costs import composing_pays, visited_scores
+from apt_attention_tva.costs import BLOCK, composing_pays, visited_scores
 
 if TYPE_CHECKING:
     from apt_attention_tva.autopoietic import AutopoieticAttention
@@ -49,7 +49,9 @@ class TVA(_Heads):
     Without the compensator (`s: 0`) it can express exactly what attention with heads of width r can.
     """
 
-    r: int = Field(default=4, ge=1, description="compression ratio: rank = head width // r, at least 2, rounded up to even")
+    r: int = Field(
+        default=4, ge=1, description="compression ratio: rank = head width // r, at least 2, rounded up to even"
+    )
     rank: int | None = Field(default=None, ge=1, description="the rank itself, in place of r")
     per_head: bool = Field(default=False, description="a projector for each key-value head, not one for the layer")
     scale: Literal["rank", "head"] = Field(
@@ -58,7 +60,9 @@ class TVA(_Heads):
     s: int = Field(default=0, ge=0, description="normals of the compensator; 0: no compensator")
     tau: float = Field(default=0.18, ge=0, le=1, description="lost share of energy above which a state is compensated")
     subspace_loss: float = Field(
-        default=0.01, gt=0, description="weight of the loss that keeps the compensator's projector at the principal subspace"
+        default=0.01,
+        gt=0,
+        description="weight of the loss that keeps the compensator's projector at the principal subspace",
     )
 
     def get_rank(self, d_model: int, num_heads: int) -> int:
@@ -71,7 +75,9 @@ class TVA(_Heads):
         if rank > width:
             raise self._refuse("rank", f"rank {rank} exceeds the head width {width}", f"at most {width - width % 2}")
         if rank % 2 and self.rope_theta is not None:
-            raise self._refuse("rank", f"rotary positions turn pairs, and {rank} is odd", f"{rank + 1}, or rope_theta: null")
+            raise self._refuse(
+                "rank", f"rotary positions turn pairs, and {rank} is odd", f"{rank + 1}, or rope_theta: null"
+            )
         return rank
 
     def create_layer(self, d_model: int, num_heads: int, dropout: float = 0.0) -> TriVeinAttention:
@@ -84,7 +90,9 @@ class TVA(_Heads):
         scale = 1 / math.sqrt(rank if self.scale == "rank" else width)
         shape = Shape(d_model, num_heads, self.get_kv_heads(num_heads), width, scale, self.rope_theta)
         compensator = (
-            Compensator(d_model, self.get_subspace_rank(d_model), self.s, self.tau, self.subspace_loss) if self.s else None
+            Compensator(d_model, self.get_subspace_rank(d_model), self.s, self.tau, self.subspace_loss)
+            if self.s
+            else None
         )
         return TriVeinAttention(shape, rank, self.per_head, compensator, dropout)
 
@@ -113,8 +121,24 @@ class TVA(_Heads):
         return 2 * (projections + 2 * num_heads * rank * seq_len**2 + compensator)
 
     def get_memory_estimate(self, seq_len: int, d_model: int, num_heads: int, batch_size: int = 1) -> int:
-        """Bytes that one float32 training forward keeps for the backward pass."""
-        raise NotImplementedError
+        """Bytes that one float32 training forward keeps for the backward pass, without a mask or dropout.
+
+        Per token: the input, narrow q, k, v before and after turning, the mixed values, a number a head of the fused
+        kernel; wide heads only where composing does not pay. Beside them the composed weights, and the angles.
+        """
+        width, rank = self.get_head_width(d_model, num_heads), self.get_rank(d_model, num_heads)
+        kv_heads, tokens = self.get_kv_heads(num_heads), batch_size * seq_len
+        inward, turns = num_heads + 2 * kv_heads, self.rope_theta is not None
+        numbers = tokens * (d_model + num_heads) + (2 * seq_len * rank if turns else 0)
+        if composing_pays(tokens, d_model, width, rank):
+            heads = inward + num_heads + (2 * num_heads + kv_heads if turns else 0)
+            numbers += tokens * heads * rank + (inward + num_heads) * rank * d_model
+        else:
+            numbers += tokens * (inward + num_heads) * (rank + width)
+            numbers += batch_size * (inward + num_heads) * rank * width if self.per_head else 0
+        if self.s:
+            numbers += tokens * (2 * d_model + self.get_subspace_rank(d_model) + 4 * self.s + 5)
+        return 4 * numbers
 
     def get_cache_size(self, d_model: int, num_heads: int) -> int:
         """2 H_kv r numbers a token."""
@@ -129,7 +153,9 @@ class Autopoietic(_Heads):
     epsilon: float = Field(default=0.08, ge=0, le=1, description="weight of the learned map of scores")
     alpha: float = Field(default=0.0008, ge=0, le=1, description="share of the heads' mean score in each head's")
     beta: float = Field(default=0.003, ge=0, le=1, description="how far the temperature follows a row's entropy")
-    sr_ratio: int = Field(default=6, ge=1, description="hidden units of the learned map: d_model // sr_ratio, at least 16")
+    sr_ratio: int = Field(
+        default=6, ge=1, description="hidden units of the learned map: d_model // sr_ratio, at least 16"
+    )
     init_tau: float = Field(default=1.3, gt=0.5, lt=2, description="the temperature that training starts with")
 
     def get_hidden_width(self, d_model: int) -> int:
@@ -163,8 +189,20 @@ class Autopoietic(_Heads):
         return 2 * (projections + 2 * d_model * visited_scores(seq_len))
 
     def get_memory_estimate(self, seq_len: int, d_model: int, num_heads: int, batch_size: int = 1) -> int:
-        """Bytes that one float32 training forward keeps for the backward pass."""
-        raise NotImplementedError
+        """Bytes that one float32 training forward keeps for the backward pass, without a mask or dropout.
+
+        One block of queries keeps its scores at each stage; several are computed again and keep q, k, v alone.
+        """
+        width, kv_heads = self.get_head_width(d_model, num_heads), self.get_kv_heads(num_heads)
+        tokens, turns = batch_size * seq_len, self.rope_theta is not None
+        numbers = tokens * (d_model + num_heads * width) + (2 * seq_len * width if turns else 0)
+        if seq_len > BLOCK:
+            heads = num_heads + 2 * kv_heads + (num_heads + kv_heads if turns else 0)
+            return 4 * (numbers + tokens * heads * width) + visited_scores(seq_len)
+        stages = num_heads * (6 if self.epsilon else 2) + (3 if self.beta else 0)
+        # Several key-value heads are copied for the product; a single one is a view that holds on to all that is projected.
+        heads = num_heads + (2 * kv_heads if kv_heads > 1 else num_heads + 2 + turns)
+        return 4 * (numbers + tokens * heads * width + tokens * seq_len * stages) + seq_len**2
 
     def get_cache_size(self, d_model: int, num_heads: int) -> int:
         """2 H_kv d numbers a token."""

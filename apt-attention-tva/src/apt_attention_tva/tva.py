@@ -24,7 +24,9 @@ class VeinHeads(Heads):
         super().__init__(shape, dropout)
         self.compensator = compensator
 
-    def finish(self, mixed: Tensor, outward: Tensor, x: Tensor, mask: Tensor | None, memory: Tensor | None) -> Tensor | Part:
+    def finish(
+        self, mixed: Tensor, outward: Tensor, x: Tensor, mask: Tensor | None, memory: Tensor | None
+    ) -> Tensor | Part:
         """The output of mixed values [batch, heads, seq, width], with what the compensator adds for the states `x`."""
         y = nn.functional.linear(mixed.transpose(1, 2).flatten(2), outward)
         if self.compensator is None:
