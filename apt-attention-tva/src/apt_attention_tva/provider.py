@@ -158,6 +158,14 @@ class Autopoietic(_Heads):
     )
     init_tau: float = Field(default=1.3, gt=0.5, lt=2, description="the temperature that training starts with")
 
+    def get_head_width(self, d_model: int, num_heads: int) -> int:
+        """d = d_model / num_heads, even where positions turn. Raises `apt.errors.OptionsError` where it does not fit."""
+        width = super().get_head_width(d_model, num_heads)
+        if width % 2 and self.rope_theta is not None:
+            what = f"rotary positions turn pairs, and heads of width {width} are odd"
+            raise self._refuse("num_heads", what, "another number of heads, or rope_theta: null")
+        return width
+
     def get_hidden_width(self, d_model: int) -> int:
         """Hidden units of the learned map: max(16, d_model // sr_ratio), none where epsilon is 0."""
         return max(16, d_model // self.sr_ratio) if self.epsilon else 0
