@@ -13,7 +13,9 @@ from pydantic import Field
 from apt.core.providers import DataProvider, Document
 from apt.errors import DataError
 
-LEFT_OUT = frozenset({"test", "tests", "site-packages", "dist-packages", "idlelib", "turtledemo", "lib2to3", "__pycache__"})
+LEFT_OUT = frozenset(
+    {"test", "tests", "site-packages", "dist-packages", "idlelib", "turtledemo", "lib2to3", "__pycache__"}
+)
 
 
 class StandardLibrary(DataProvider):

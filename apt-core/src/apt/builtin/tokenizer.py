@@ -47,7 +47,9 @@ class ByteTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special ones vanish."""
-        return bytes(each - len(SPECIAL) for each in ids if len(SPECIAL) <= each < self.vocab_size).decode(errors="replace")
+        return bytes(each - len(SPECIAL) for each in ids if len(SPECIAL) <= each < self.vocab_size).decode(
+            errors="replace"
+        )
 
     def save(self, folder: Path) -> None:
         """Nothing is needed to load it again."""
@@ -83,7 +85,9 @@ class BPE(TokenizerProvider):
         trained.train_from_iterator(texts, trainer)
         if trained.get_vocab_size() < self.vocab_size:
             found = trained.get_vocab_size()
-            raise DataError(f"data.tokenizer.vocab_size: the text gives only {found} ids, not {self.vocab_size}; ask for less")
+            raise DataError(
+                f"data.tokenizer.vocab_size: the text gives only {found} ids, not {self.vocab_size}; ask for less"
+            )
         return BPETokenizer(trained)
 
     def load(self, folder: Path) -> Tokenizer:

@@ -43,7 +43,9 @@ class Training(Section):
     seed: int = Field(default=0, ge=0)
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
-    save_every: int | None = Field(default=None, ge=1, description="optimizer steps between checkpoints; none: an epoch")
+    save_every: int | None = Field(
+        default=None, ge=1, description="optimizer steps between checkpoints; none: an epoch"
+    )
     keep_last: int = Field(default=2, ge=1, description="checkpoints that are kept")
 
 
@@ -64,7 +66,9 @@ class Data(BaseModel):
 class Evaluation(Section):
     """How the held-out text is scored."""
 
-    eval_every: int | None = Field(default=None, ge=1, description="optimizer steps between evaluations; none: an epoch")
+    eval_every: int | None = Field(
+        default=None, ge=1, description="optimizer steps between evaluations; none: an epoch"
+    )
     max_batches: int | None = Field(default=None, ge=1, description="batches an evaluation; none: the whole split")
     sample_prompt: str = Field(default="", description="the prompt of the sample after training")
     sample_tokens: int = Field(default=200, ge=0, description="the length of that sample")

@@ -62,7 +62,9 @@ class ProviderRecord:
         return self.distribution if self.distribution == REGISTERED else f"{self.distribution} {self.version}"
 
     def __str__(self) -> str:
-        return f"{self.key} of {self.origin}"
+        if self.distribution == FILE:
+            return f"{self.kind} provider {self.name}"
+        return f"{self.key} {self.origin}" if self.distribution == REGISTERED else f"{self.key} of {self.origin}"
 
 
 @dataclass(frozen=True)

@@ -207,7 +207,7 @@ def _examine(registry: Registry, kind: str, name: str) -> tuple[Level, str]:
         return ("fault" if _lacks_own_requirement(registry, kind, name) else "warning"), str(error)
     except AptError as error:
         return "fault", str(error)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  a package can raise anything, and its name is to be told
         return "fault", f"{type(error).__name__}: {error}"
     return "ok", ""
 

@@ -62,9 +62,11 @@ def find_conflicts(used: Iterable[Used], capabilities: Mapping[str, str] | None 
             if reason is None or pair in seen:
                 continue
             seen.add(pair)
-            what = f"{one.kind}.{one.name} excludes {reason}"
             named = f"{other.kind}.{other.name}"
-            faults.append(Fault(one.where, what, f"{other.where} uses {named}; one of the two has to go"))
+            what = f"{one.kind}.{one.name} excludes {reason}"
+            what += f", which {named} has" if reason != named else ""
+            what += f", used at {other.where}" if other.where != named else ""
+            faults.append(Fault(one.where, what, "one of the two has to go"))
     return faults
 
 

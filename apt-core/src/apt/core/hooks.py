@@ -87,7 +87,9 @@ class HookRunner:
             hook = options.get("specname") or attribute
             self._check(origin, hook, function)
             bound = getattr(plugin, attribute)
-            wrapped = _wrapper(origin, hook, bound, options) if options.get("wrapper") else self._call(origin, hook, bound)
+            wrapped = (
+                _wrapper(origin, hook, bound, options) if options.get("wrapper") else self._call(origin, hook, bound)
+            )
             setattr(wrapped, MARK, options)
             setattr(guarded, attribute, wrapped)
         return guarded

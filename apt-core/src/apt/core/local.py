@@ -74,7 +74,7 @@ def run_local(record: ProviderRecord, code: bytes) -> object:
         module.__file__ = record.path
         sys.modules[module_name] = module  # classes in it look up their annotations there
         try:
-            exec(compile(code, record.path, "exec"), module.__dict__)  # noqa: S102  leave was given in read_local
+            exec(compile(code, record.path, "exec"), module.__dict__)
         except (Exception, SystemExit) as error:
             del sys.modules[module_name]
             message = f"{record.name}: running {record.path} failed: {type(error).__name__}: {error}"

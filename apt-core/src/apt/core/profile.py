@@ -14,7 +14,7 @@ from typing import cast
 from pydantic import ValidationError
 
 from apt.core import yaml
-from apt.core.config import APTConfig, Choice, Data, Debug, Evaluation, Hardware, Monitoring, Training
+from apt.core.config import APTConfig, Choice, Debug, Evaluation, Hardware, Monitoring, Training
 from apt.core.legacy import KINDS, translate
 from apt.core.local import LocalCode
 from apt.core.registry import Registry
@@ -127,7 +127,13 @@ def to_profile(config: APTConfig) -> dict[str, Value]:
     tokenizer = cast("dict[str, Value]", data["tokenizer"])
     data["tokenizer"] = {"provider": tokenizer["provider"], **cast("dict[str, Value]", tokenizer["options"])}
     profile: dict[str, Value] = {name: dumped[name] for name in ("name", "version", "description")}
-    profile |= {"plugins": plugins, "model": model, "training": training, "schedules": dumped["schedules"], "data": data}
+    profile |= {
+        "plugins": plugins,
+        "model": model,
+        "training": training,
+        "schedules": dumped["schedules"],
+        "data": data,
+    }
     profile |= {name: dumped[name] for name in SECTIONS if name != "training"}
     if dumped["extra"]:
         profile["extra"] = dumped["extra"]
@@ -313,7 +319,9 @@ def _plugins(value: Value) -> tuple[dict[str, Value], list[Fault]]:
         elif isinstance(entry, dict):
             pairs = list(entry.items())
         else:
-            faults.append(Fault(f"plugins.{index}", f"{entry!r} is not a plugin", "give a name, or {name: {option: value}}"))
+            faults.append(
+                Fault(f"plugins.{index}", f"{entry!r} is not a plugin", "give a name, or {name: {option: value}}")
+            )
         for name, options in pairs:
             if name in plugins:
                 faults.append(Fault(f"plugins.{index}", f"{name!r} is listed twice"))
@@ -333,7 +341,11 @@ def _validate(
         config = APTConfig.model_validate(flat)
     except ValidationError as error:
         return None, [
-            Fault(_document_path(detail["loc"]), f"{detail['input']!r} is not allowed", detail["msg"][:1].lower() + detail["msg"][1:])
+            Fault(
+                _document_path(detail["loc"]),
+                f"{detail['input']!r} is not allowed",
+                detail["msg"][:1].lower() + detail["msg"][1:],
+            )
             for detail in error.errors(include_url=False)
         ]
     faults: list[Fault] = []
@@ -352,7 +364,11 @@ def _across_fields(config: APTConfig) -> list[Fault]:
     if config.d_model % config.num_heads:
         near = config.d_model - config.d_model % config.num_heads or config.num_heads
         faults.append(
-            Fault("model.d_model", f"{config.d_model} is not a multiple of num_heads {config.num_heads}", f"such as {near}")
+            Fault(
+                "model.d_model",
+                f"{config.d_model} is not a multiple of num_heads {config.num_heads}",
+                f"such as {near}",
+            )
         )
     training = config.training
     if training.max_epochs is None and training.max_steps is None:

@@ -107,7 +107,9 @@ class _SlotMarker:
             return {"provider": value.get_name(), **value.model_dump(mode="json", exclude_unset=True)}
 
         return core_schema.with_info_plain_validator_function(
-            resolve, serialization=core_schema.plain_serializer_function_ser_schema(dump), metadata={"slot": source.kind}
+            resolve,
+            serialization=core_schema.plain_serializer_function_ser_schema(dump),
+            metadata={"slot": source.kind},
         )
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:

@@ -35,5 +35,7 @@ class TransformerBlock(nn.Module):
         losses = {**attended.losses, **mapped.losses}
         metrics = {**attended.metrics, **mapped.metrics}
         if len(losses) < len(attended.losses) + len(mapped.losses):
-            raise ValueError(f"attention and ffn both return a loss called {sorted(set(attended.losses) & set(mapped.losses))}")
+            raise ValueError(
+                f"attention and ffn both return a loss called {sorted(set(attended.losses) & set(mapped.losses))}"
+            )
         return Part(x + self.dropout(mapped.output), losses, metrics)

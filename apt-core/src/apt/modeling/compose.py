@@ -31,9 +31,7 @@ class ModelBuilder:
     provider: they make a changed copy of it, validated anew.
     """
 
-    def __init__(
-        self, config: APTConfig, registry: Registry | None = None, resolved: Resolved | None = None
-    ) -> None:
+    def __init__(self, config: APTConfig, registry: Registry | None = None, resolved: Resolved | None = None) -> None:
         self.config = config
         self.registry = installed if registry is None else registry
         self._resolved = resolved
@@ -105,7 +103,8 @@ class ModelBuilder:
         if not isinstance(experts, int):
             raise UserError("build_router: num_experts is not given, and the profile's ffn has no experts")
         return _module(
-            provider.create_router(_given(d_model, self.config.d_model), experts, _given(top_k, provider.top_k)), provider
+            provider.create_router(_given(d_model, self.config.d_model), experts, _given(top_k, provider.top_k)),
+            provider,
         )
 
     def build_aligner(
@@ -162,9 +161,7 @@ class ModelBuilder:
     def _norm(self) -> nn.Module:
         return NORMS[self.config.norm](self.config.d_model, eps=self.config.layer_norm_eps)
 
-    def _provider(
-        self, kind: str, interface: type[P], name: str | None, options: Mapping[str, object]
-    ) -> P:
+    def _provider(self, kind: str, interface: type[P], name: str | None, options: Mapping[str, object]) -> P:
         """The profile's provider of this kind, or the named one, with these options changed."""
         resolved = self.resolved.providers.get(kind)
         if name is None and not options and isinstance(resolved, interface):

@@ -49,7 +49,9 @@ def set_value(model: nn.Module, name: str, value: float) -> None:
     """Give a scheduled value to every module that uses it. Raises `ScheduleError` where none does."""
     buffers = scheduled_buffers(model)
     if name not in buffers:
-        raise ScheduleError(f"{name}: this model has no such value; {nearest(name, buffers) or 'it has: ' + ', '.join(buffers)}")
+        raise ScheduleError(
+            f"{name}: this model has no such value; {nearest(name, buffers) or 'it has: ' + ', '.join(buffers)}"
+        )
     for buffer in buffers[name]:
         buffer.fill_(value)
 

@@ -1,0 +1,89 @@
+"""The command line: `apt-core`, also ``python -m apt``.
+
+Exit codes: 0 good, 2 the user's input is wrong, 1 a fault of ours or of a provider, 130 interrupted. A command imports
+what it needs when it runs, so that ``--help`` and everything that only looks at profiles never load PyTorch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+
+from apt import __version__
+from apt.cli import inspecting, profiles, running
+from apt.cli.packages import find_command, list_commands
+from apt.errors import AptError, nearest
+
+DESCRIPTION = "Train, switch on in mid-run, compare and generate from transformer components that are packages."
+
+
+class _Parser(argparse.ArgumentParser):
+    """Names the nearest command or option where the user mistyped one."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        if "invalid choice: " in message and "(choose from " in message:
+            given, _, allowed = message.partition("invalid choice: ")[2].partition(" (choose from ")
+            hint = nearest(given.strip("'"), [word.strip(" ')") for word in allowed.split(",")])
+            message += f"; {hint}" if hint else ""
+        self.exit(2, f"error: {message}\n{self.format_usage()}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all of APT's own commands."""
+    parser = _Parser(
+        prog="apt-core",
+        description=DESCRIPTION,
+        epilog="Installed packages add commands of their own: " + (", ".join(list_commands()) or "none is installed."),
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"apt-core {__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    for module in (running, inspecting, profiles):
+        module.add_commands(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    warnings.showwarning = _show_warning
+    try:
+        if words and (command := find_command(words[0])) is not None:
+            return command(words[1:])
+        arguments = build_parser().parse_args(words)
+        code = arguments.run(arguments)
+        sys.stdout.flush()
+    except AptError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        # The reader has gone (``| head``); what is left in the buffer goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        users = error.errno in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}", 2 if users else 1)
+    except Exception:
+        traceback.print_exc()
+        return _fail("this is a fault of apt-core or of a provider, not of your input; please report it", 1)
+    return int(code)
+
+
+def _fail(message: str, code: int) -> int:
+    for line in message.splitlines() or [""]:
+        print(f"error: {line}" if line and not line.startswith(" ") else line, file=sys.stderr)
+    return code
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+__all__ = ["build_parser", "main"]

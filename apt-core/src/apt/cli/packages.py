@@ -1,0 +1,25 @@
+"""Commands that packages bring: entry points ``command.<name>`` in the group `apt.providers`.
+
+Their names are read from metadata; a package is imported only when its command is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from apt.core.registry import registry
+
+Command = Callable[[Sequence[str]], int]
+
+
+def list_commands() -> list[str]:
+    """The names of the commands that installed packages bring."""
+    return registry.list_providers("command").get("command", [])
+
+
+def find_command(name: str) -> Command | None:
+    """The command of this name, imported; None where no package brings it.
+
+    Raises `apt.errors.ProviderError` where the package is broken.
+    """
+    return registry.load_object("command", name) if name in list_commands() else None
