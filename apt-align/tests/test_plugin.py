@@ -76,7 +76,9 @@ class Run:
         self.passes += 1
 
 
-@pytest.mark.parametrize(("options", "passes"), [({"state": "dropout"}, 2), ({"state": "ema"}, 2), ({"state": "layer"}, 1)])
+@pytest.mark.parametrize(
+    ("options", "passes"), [({"state": "dropout"}, 2), ({"state": "ema"}, 2), ({"state": "layer"}, 1)]
+)
 def test_each_state_costs_the_passes_that_it_says_and_none_at_weight_0(options: dict[str, object], passes: int) -> None:
     run = Run(**options)
     run.start()
@@ -164,7 +166,7 @@ def test_it_trains(options: dict[str, object]) -> None:
 def test_the_averaged_weights_are_saved_and_found_again() -> None:
     run = Run(state="ema")
     run.start()
-    assert not run.plugin.apt_checkpoint_save(state()) is None
+    assert run.plugin.apt_checkpoint_save(state()) is not None
     run.step()
     run.step()
     saved = run.plugin.apt_checkpoint_save(state())

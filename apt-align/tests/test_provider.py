@@ -41,9 +41,7 @@ def test_the_loss_does_not_depend_on_how_often_a_batch_is_repeated(metric: str, 
     torch.testing.assert_close(often, once)
 
 
-@pytest.mark.parametrize(
-    ("metric", "option", "changed"), [("kl", "kl_temperature", 3.0), ("nce", "tau_align", 0.5)]
-)
+@pytest.mark.parametrize(("metric", "option", "changed"), [("kl", "kl_temperature", 3.0), ("nce", "tau_align", 0.5)])
 def test_each_temperature_is_its_metric_s(metric: str, option: str, changed: float) -> None:
     one, two = torch.randn(2, 2, 3, 8)
     before = BiState().compute_consistency_loss(one, two, metric)

@@ -52,6 +52,12 @@ def capacity(assignments: int, experts: int, top_k: int, factor: Tensor) -> Tens
     return limit.clamp(min=top_k, max=assignments).long()
 
 
+def expert_mask(indices: Tensor, num_experts: int, counted: Tensor | None = None) -> Tensor:
+    """[tokens, experts], 1 where one of the token's `indices` [tokens, k] is the expert; 0 throughout for padding."""
+    mask = torch.zeros(len(indices), num_experts, device=indices.device).scatter_(1, indices, 1.0)
+    return mask if counted is None else mask * counted.unsqueeze(1)
+
+
 def over_ranks(counts: Tensor) -> Tensor:
     """Counts summed over the ranks of a data-parallel run; alone, the counts themselves."""
     distributed = torch.distributed

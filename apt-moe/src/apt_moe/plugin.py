@@ -1,4 +1,7 @@
-"""The plugin `moe`: when a schedule switches the experts on, it fills them from the dense layer that trained so far."""
+"""The plugin `moe`: when a schedule switches the experts on, it fills them from the dense layer that trained so far.
+
+It also takes the steps of routers that balance the load without a loss.
+"""
 
 from __future__ import annotations
 
@@ -52,3 +55,12 @@ class MoEPlugin(Plugin):
         for module in model.modules():
             if isinstance(module, MixtureOfExperts):
                 upcycle(module, optimizer)
+
+    @hookimpl
+    def apt_step_end(self, state: RunState, model: nn.Module, metrics: dict[str, float]) -> None:
+        """Move the balancing biases by the load of the step."""
+        from apt_moe.router import BiasRouter
+
+        for module in model.modules():
+            if isinstance(module, BiasRouter):
+                module.step()

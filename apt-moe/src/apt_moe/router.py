@@ -1,4 +1,4 @@
-"""The router's module: one matrix from a token to a score for each expert, computed in float32."""
+"""The routers' modules: a matrix from a token to a score for each expert, computed in float32."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from apt_moe.functional import over_ranks
 
-class LinearRouter(nn.Module):
+
+class ScoringRouter(nn.Module):
     """l = W x / T: the scores of the experts, with T the scheduled temperature.
 
     Always in float32, under autocast and in a bfloat16 model too: a rounding of the scores changes which expert is
@@ -17,21 +19,82 @@ class LinearRouter(nn.Module):
     """
 
     temperature: Tensor
-    balance_weight: Tensor
 
-    def __init__(
-        self, d_model: int, num_experts: int, top_k: int, *, temperature: float, balance_loss: float, init_std: float
-    ) -> None:
+    def __init__(self, d_model: int, num_experts: int, top_k: int, *, temperature: float, init_std: float) -> None:
         super().__init__()
         self.num_experts, self.top_k = num_experts, top_k
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))
         # Never zeros: with equal scores every token would go to the same k experts.
         nn.init.normal_(self.weight, std=init_std)
         self.register_buffer("temperature", torch.tensor(temperature, dtype=torch.float32))
-        self.register_buffer("balance_weight", torch.tensor(balance_loss, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., d_model] -> scores [..., experts] in float32."""
-        device = x.device.type
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-            return functional.linear(x.float(), self.weight.float()) / self.temperature
+        return _product(x, self.weight) / self.temperature
+
+
+class LinearRouter(ScoringRouter):
+    """Scores, and the scheduled weight of the load-balance loss."""
+
+    balance_weight: Tensor
+
+    def __init__(
+        self, d_model: int, num_experts: int, top_k: int, *, temperature: float, balance_loss: float, init_std: float
+    ) -> None:
+        super().__init__(d_model, num_experts, top_k, temperature=temperature, init_std=init_std)
+        self.register_buffer("balance_weight", torch.tensor(balance_loss, dtype=torch.float32))
+
+
+class NoisyRouter(LinearRouter):
+    """Scores, and noise whose size is learnt: l + eps softplus(W_n x)."""
+
+    def __init__(
+        self, d_model: int, num_experts: int, top_k: int, *, temperature: float, balance_loss: float, init_std: float
+    ) -> None:
+        super().__init__(
+            d_model, num_experts, top_k, temperature=temperature, balance_loss=balance_loss, init_std=init_std
+        )
+        self.noise_weight = nn.Parameter(torch.zeros(num_experts, d_model))
+
+    def noisy(self, x: Tensor, scores: Tensor) -> Tensor:
+        """`scores` [..., experts] of `x` [..., d_model] with fresh noise."""
+        return scores + torch.randn_like(scores) * functional.softplus(_product(x, self.noise_weight))
+
+
+class BiasRouter(ScoringRouter):
+    """Scores, and a bias that only chooses: no gradient reaches it, the load moves it.
+
+    `bias` is saved. `load` is what each expert was sent since the last step; a recomputed forward pass counts it twice
+    for all experts alike, which the sign in `step` does not see.
+    """
+
+    bias: Tensor
+    load: Tensor
+
+    def __init__(
+        self, d_model: int, num_experts: int, top_k: int, *, temperature: float, rate: float, init_std: float
+    ) -> None:
+        super().__init__(d_model, num_experts, top_k, temperature=temperature, init_std=init_std)
+        self.rate = rate
+        self.register_buffer("bias", torch.zeros(num_experts))
+        self.register_buffer("load", torch.zeros(num_experts), persistent=False)
+
+    @torch.no_grad()
+    def count(self, indices: Tensor, mask: Tensor | None) -> None:
+        """Add the choices `indices` [batch, seq, k] of the tokens where `mask` [batch, seq] is True."""
+        counted = torch.ones_like(indices) if mask is None else mask.unsqueeze(-1).expand_as(indices)
+        self.load.scatter_add_(0, indices.flatten(), counted.flatten().to(self.load.dtype))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """b += u (sign(mean load - load) - the mean of these signs), over all ranks; the count starts again."""
+        load = over_ranks(self.load)
+        signs = (load.mean() - load).sign()
+        self.bias += self.rate * (signs - signs.mean())
+        self.load.zero_()
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    device = x.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        return functional.linear(x.float(), weight.float())
