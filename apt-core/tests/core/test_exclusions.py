@@ -29,9 +29,7 @@ def test_no_conflict_means_that_no_pair_excludes_one_another(parts):
         others = {other.kind, f"{other.kind}.{other.name}", *(f"capability:{word}" for word in other.capabilities)}
         return bool(others & set(one.excludes))
 
-    pairs = sum(
-        excludes(one, other) or excludes(other, one) for i, one in enumerate(parts) for other in parts[i + 1 :]
-    )
+    pairs = sum(excludes(one, other) or excludes(other, one) for i, one in enumerate(parts) for other in parts[i + 1 :])
     assert len(find_conflicts(parts)) == pairs
 
 

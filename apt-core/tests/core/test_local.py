@@ -75,6 +75,14 @@ def test_a_file_outside_of_the_profiles_folder_needs_the_flag(registry, folder, 
     assert registry.get("data", name, fallback=False).size == 3
 
 
+def test_with_the_flag_a_file_is_looked_for_in_the_current_folder_too(registry, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ProviderNotFoundError):
+        registry.get("data", "./outside.py:Mine", fallback=False)
+    registry.allow_local_code(LocalCode(folder, anywhere=True))
+    assert registry.get("data", "./outside.py:Mine", fallback=False).size == 3
+
+
 def test_a_file_that_is_not_there_is_named(registry):
     with pytest.raises(ProviderNotFoundError, match=r"gone\.py cannot be read: No such file"):
         registry.get("data", "./gone.py:Mine", fallback=False)

@@ -34,7 +34,9 @@ def pin(*providers):
 
 
 def installed(site, data_source, version="1.0", modules=None):
-    site.add("apt-a", {"data.a": "apt_a.provider:Mine"}, {"apt_a.provider": data_source} | (modules or {}), version=version)
+    site.add(
+        "apt-a", {"data.a": "apt_a.provider:Mine"}, {"apt_a.provider": data_source} | (modules or {}), version=version
+    )
     return site.registry()
 
 

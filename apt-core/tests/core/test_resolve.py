@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from pydantic import Field
 
 from apt.core.config import APTConfig, Choice, Data
 from apt.core.provider import Slot
@@ -23,6 +24,7 @@ from apt.core.providers import (
 from apt.core.registry import Registry
 from apt.core.resolve import resolve_config, walk
 from apt.errors import ProfileError
+from apt.hookspecs import hookimpl
 
 
 class Attention(AttentionProvider):
@@ -67,7 +69,7 @@ class ExpertChoice(Router):
 class FFN(FFNProvider):
     experts: int = 4
     router: Slot[RouterProvider] = "topk"
-    others: dict[str, Slot[RouterProvider]] = {}
+    others: dict[str, Slot[RouterProvider]] = Field(default_factory=dict)
 
     scheduled: ClassVar[Mapping[str, str]] = {"capacity": "capacity"}
     excludes: ClassVar[tuple[str, ...]] = ("plugin.lone",)
@@ -213,7 +215,7 @@ def test_a_fallback_inside_a_provider_is_in_the_resolutions(registry):
 
 def test_exclusions_of_the_whole_profile_are_found(registry):
     found = faults(registry, profile(plugins=("lone",)))
-    assert found == {"model.ffn": "ffn.mix excludes plugin.lone; plugins.lone uses plugin.lone; one of the two has to go"}
+    assert found == {"model.ffn": "ffn.mix excludes plugin.lone, used at plugins.lone; one of the two has to go"}
 
 
 def test_what_sees_later_tokens_is_refused_in_a_decoder(registry):
@@ -230,8 +232,10 @@ def test_schedules_must_name_plugins_that_are_listed_and_values_that_are_read(re
         "enable_switch_at_step": 1,
         "route_tmp": {"start": 1, "end": 2},
         "capacity": {"start": 1, "end": 2},
+        "pace": {"start": 0, "end": 2, "type": "exp"},
     }
     found = faults(registry, profile(plugins=("switch",), schedules=schedules))
+    assert "exp needs start and end of one sign" in found.pop("schedules.pace")
     assert found == {
         "schedules.enable_swich_at_epoch": "the profile does not list the plugin 'swich'; did you mean 'switch'?",
         "schedules.enable_switch_at_step": "enable_switch_at_epoch switches 'switch' on as well; keep one",
@@ -241,8 +245,21 @@ def test_schedules_must_name_plugins_that_are_listed_and_values_that_are_read(re
 
 
 def test_a_value_is_not_called_unknown_while_a_provider_is(registry):
-    found = faults(registry, profile(attention_name="gone", schedules={"anything": 1}))
+    found = faults(registry, profile(attention_name="gone", schedules={"anything": {"start": 1, "end": 2}}))
     assert set(found) == {"model.attention.provider"}
+
+
+def test_a_plugin_whose_hook_does_not_exist_is_refused_before_anything_runs(registry):
+    class Wrong(Plugin):
+        @hookimpl
+        def apt_step_stat(self, state):
+            """Misspelt."""
+
+    registry.register("plugin", "wrong", Wrong)
+    assert (
+        "no hook 'apt_step_stat'; did you mean 'apt_step_start'?"
+        in faults(registry, profile(plugins=("wrong",)))["plugins"]
+    )
 
 
 def test_a_plugin_is_listed_once(registry):

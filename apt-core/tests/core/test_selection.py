@@ -50,7 +50,9 @@ def test_every_entry_that_matches_nothing_is_an_error_with_the_nearest_name():
     with pytest.raises(UserError) as caught:
         left(DISABLE="mo", ONLY="apt-alin")
     assert "APT_DISABLE_PLUGINS: 'mo' matches nothing that is installed; did you mean 'moe'?" in str(caught.value)
-    assert "APT_ONLY_PLUGINS: 'apt-alin' matches nothing that is installed; did you mean 'apt-align'?" in str(caught.value)
+    assert "APT_ONLY_PLUGINS: 'apt-alin' matches nothing that is installed; did you mean 'apt-align'?" in str(
+        caught.value
+    )
 
 
 def test_what_is_disabled_is_never_imported_or_listed(site, monkeypatch, data_source):

@@ -3,7 +3,8 @@
 Running a file that a profile names is running a stranger's program, so it needs leave. A file is run only when
 1. the profile was given on the command line (or the caller of `Registry.allow_local_code` says so), and the file lies in
    that profile's folder or below it, links followed; or
-2. ``--allow-local-code`` was given: then any file.
+2. ``--allow-local-code`` was given: then any file; a relative name is looked for in the profile's folder, then in the
+   current one.
 A checkpoint's profile is never given on the command line, so only the flag lets its code run. The digest of what was
 run is recorded; the bytes that are hashed are the bytes that are run.
 """
@@ -49,6 +50,8 @@ def read_local(kind: str, name: str, leave: LocalCode | None) -> tuple[ProviderR
         raise ProviderDisabledError(kind, name, f"{name}: code in a file is not run unasked; {HOW}")
     folder = leave.folder.resolve()
     path = (folder / match["file"]).resolve()
+    if leave.anywhere and not path.is_file():
+        path = Path(match["file"]).resolve()
     if not leave.anywhere and not path.is_relative_to(folder):
         raise ProviderDisabledError(kind, name, f"{name}: {path} lies outside of {folder}; {HOW}")
     try:
