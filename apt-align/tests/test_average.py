@@ -51,7 +51,8 @@ def test_what_is_switched_on_later_starts_from_itself() -> None:
     with torch.no_grad():
         model.off.weight.fill_(8.0)
     average.update(model)
-    assert (average.weights["off.weight"] > 7).all() and (average.weights["off.weight"] < 8).all()
+    assert (average.weights["off.weight"] > 7).all()
+    assert (average.weights["off.weight"] < 8).all()
 
 
 def test_it_is_float32_and_speaks_in_the_model_s_dtype() -> None:
@@ -72,7 +73,9 @@ def test_it_answers_without_dropout_or_gradient_and_leaves_the_model_as_it_was()
     assert answer.equal(nn.functional.linear(x, weights["on.weight"], weights["on.bias"]))
     assert not answer.requires_grad
     assert not model.on.weight.equal(weights["on.weight"])
-    assert model.training and model.on.training and not model.off.training
+    assert model.training
+    assert model.on.training
+    assert not model.off.training
 
 
 def test_what_is_saved_goes_on_as_if_nothing_had_happened() -> None:

@@ -86,7 +86,9 @@ def test_each_state_costs_the_passes_that_it_says_and_none_at_weight_0(options: 
     run.passes = 0
     extra = run.loss(align_weight=0.5)
     assert run.passes == passes
-    assert extra is not None and extra["align"].isfinite() and extra["align"].requires_grad
+    assert extra is not None
+    assert extra["align"].isfinite()
+    assert extra["align"].requires_grad
     run.passes = 0
     assert run.loss(align_weight=0.0) is None
     assert run.passes == 1
@@ -112,7 +114,8 @@ def test_the_loss_is_multiplied_by_the_scheduled_weight_and_without_one_by_the_o
     whole = run.loss(align_weight=1.0)
     torch.manual_seed(1)
     quarter = run.loss()
-    assert whole is not None and quarter is not None
+    assert whole is not None
+    assert quarter is not None
     torch.testing.assert_close(quarter["align"], 0.25 * whole["align"])
 
 
@@ -126,7 +129,8 @@ def test_two_passes_with_dropout_are_symmetric_divergences_of_their_logits() -> 
     extra = run.plugin.apt_loss_extra(state(), run.model, given, run.model(given.tokens))
     p, q = first.logits.log_softmax(-1), second.logits.log_softmax(-1)
     divergence = ((p.exp() - q.exp()) * (p - q)).sum(-1)
-    assert extra is not None and given.mask is not None
+    assert extra is not None
+    assert given.mask is not None
     torch.testing.assert_close(extra["align"], divergence[given.mask].mean() / 2)
 
 
@@ -141,7 +145,8 @@ def test_state_layer_compares_the_last_state_with_that_block_s_output(layer: int
     block.register_forward_hook(lambda module, arguments, result: kept.append(result.output))
     output = run.model(given.tokens)
     extra = run.plugin.apt_loss_extra(state(), run.model, given, output)
-    assert extra is not None and isinstance(run.model.aligner, nn.Module)
+    assert extra is not None
+    assert isinstance(run.model.aligner, nn.Module)
     torch.testing.assert_close(extra["align"], run.model.aligner(output.hidden, kept[0], given.mask))
 
 
@@ -170,12 +175,14 @@ def test_the_averaged_weights_are_saved_and_found_again() -> None:
     run.step()
     run.step()
     saved = run.plugin.apt_checkpoint_save(state())
-    assert saved is not None and saved["updates"] == 2
+    assert saved is not None
+    assert saved["updates"] == 2
     again = Run(state="ema")
     again.plugin.apt_checkpoint_load(state(), saved)
     again.start()
     restored = again.plugin.apt_checkpoint_save(state())
-    assert restored is not None and restored.keys() == saved.keys()
+    assert restored is not None
+    assert restored.keys() == saved.keys()
     assert all(torch.equal(value, restored[key]) for key, value in saved.items() if isinstance(value, Tensor))
     assert Run().plugin.apt_checkpoint_save(state()) is None
 
@@ -186,7 +193,8 @@ def test_the_average_begins_when_the_plugin_is_on() -> None:
     set_active(run.model, "align", False)
     run.step()
     saved = run.plugin.apt_checkpoint_save(state())
-    assert saved is not None and saved["updates"] == 0
+    assert saved is not None
+    assert saved["updates"] == 0
 
 
 def test_wrappers_of_the_model_do_not_hide_it() -> None:
@@ -198,7 +206,8 @@ def test_wrappers_of_the_model_do_not_hide_it() -> None:
     run.plugin.apt_gradients_ready(state(), wrapped)
     run.plugin.apt_step_end(state(), wrapped, {})
     saved = run.plugin.apt_checkpoint_save(state())
-    assert saved is not None and "average.embedding.weight" in saved
+    assert saved is not None
+    assert "average.embedding.weight" in saved
 
 
 class Midway(AlignProvider):
@@ -224,7 +233,8 @@ def test_any_aligner_gets_the_hidden_states_of_two_passes() -> None:
     run.model.aligner = Midway().create_aligner(16)
     run.start()
     extra = run.loss(align_weight=2.0)
-    assert extra is not None and extra["align"] > 0
+    assert extra is not None
+    assert extra["align"] > 0
     assert run.passes == 2
     extra["align"].backward()
     assert run.model.aligner.weight.grad is not None

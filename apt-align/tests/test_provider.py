@@ -79,7 +79,8 @@ def test_the_scheduled_weight_is_a_zero_dimensional_float32_buffer_that_is_saved
     provider = BiState(weight=0.25)
     aligner = provider.create_aligner(8)
     assert aligner.apt_provider is provider
-    assert aligner.weight.shape == () and aligner.weight.dtype == torch.float32
+    assert aligner.weight.shape == ()
+    assert aligner.weight.dtype == torch.float32
     assert aligner.state_dict()["weight"] == 0.25
 
 
@@ -90,7 +91,8 @@ def test_an_aligner_of_another_make_is_refused() -> None:
 
 def test_it_comes_through_its_entry_point_and_has_the_whole_interface() -> None:
     provider = registry.get("align", "bistate_default", {"alpha": 0.5}, fallback=False)
-    assert isinstance(provider, AlignProvider) and isinstance(provider, BiState)
+    assert isinstance(provider, AlignProvider)
+    assert isinstance(provider, BiState)
     assert provider.alpha == 0.5
     assert provider.supports_asymmetric_alignment()
     assert not provider.supports_multi_state()

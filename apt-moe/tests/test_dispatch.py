@@ -62,7 +62,8 @@ def test_padding_takes_only_the_room_that_is_left(routing: tuple[Tensor, int], l
     counted = torch.rand(len(indices), generator=torch.Generator().manual_seed(seed)) < 0.6
     kept = dispatch.plan(indices, experts, limit=limit, counted=counted).kept
     alone = dispatch.plan(indices[counted], experts, limit=limit).kept
-    assert kept is not None and alone is not None
+    assert kept is not None
+    assert alone is not None
     assert kept.view_as(indices)[counted].flatten().equal(alone)
 
 

@@ -110,8 +110,8 @@ def test_rows_and_gradients_are_those_of_each_expert_alone(
 
 
 def test_an_expert_with_losses_of_its_own_is_refused() -> None:
+    experts = Experts(provider("losses"), 2, 8, 16, 0.0, "gelu")
     with pytest.raises(OptionsError, match="an expert cannot bring losses of its own"):
-        experts = Experts(provider("losses"), 2, 8, 16, 0.0, "gelu")
         experts(torch.randn(2, 8), torch.tensor([1, 2]).int(), torch.tensor([0, 1]))
 
 

@@ -50,7 +50,8 @@ def test_the_share_that_is_sent_has_no_gradient() -> None:
     logits = torch.randn(5, 3, requires_grad=True)
     functional.load_balance_loss(logits, sent).backward()
     assert sent.grad is None
-    assert logits.grad is not None and logits.grad.abs().sum() > 0
+    assert logits.grad is not None
+    assert logits.grad.abs().sum() > 0
 
 
 @given(st.integers(0, 7))

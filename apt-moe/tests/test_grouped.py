@@ -44,7 +44,8 @@ def test_product_and_gradients_are_those_of_a_loop(counts: list[int], sizes: tup
 def test_the_gradient_of_a_sum_is_taken(sizes: tuple[int, int]) -> None:
     given = operands([3, 0, 2], *sizes)
     grouped_linear(*given).sum().backward()
-    assert given[1].grad is not None and given[1].grad[1].abs().sum() == 0
+    assert given[1].grad is not None
+    assert given[1].grad[1].abs().sum() == 0
 
 
 def test_double_precision_passes_the_numerical_gradient_check() -> None:

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from apt.core.providers import FFNProvider, RouterProvider
 from apt_moe.layer import MixtureOfExperts
@@ -117,7 +118,8 @@ def test_while_it_is_off_only_the_dense_layer_runs_and_learns() -> None:
     part = layer(x)
     assert layer.dense is not None
     assert part.output.equal(layer.dense(x))
-    assert not part.losses and not part.metrics
+    assert not part.losses
+    assert not part.metrics
     part.output.sum().backward()
     learnt = {name for name, parameter in layer.named_parameters() if parameter.grad is not None}
     assert learnt == {f"dense.{name}" for name, _ in layer.dense.named_parameters()}
@@ -260,10 +262,7 @@ def test_activation_checkpointing_gives_the_same_gradients_and_counts_nothing_tw
 
     def gradients(checkpointed: bool) -> list[Tensor]:
         layer.zero_grad()
-        if checkpointed:
-            part = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
-        else:
-            part = layer(x)
+        part = checkpoint(layer, x, use_reentrant=False) if checkpointed else layer(x)
         (part.output.square().sum() + sum(part.losses.values())).backward()
         return [layer.router.weight.grad.clone(), *(p.grad.clone() for p in layer.experts.parameters())]
 

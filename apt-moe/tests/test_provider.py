@@ -31,7 +31,8 @@ def test_a_token_goes_to_k_different_experts_with_weights_that_sum_to_1(
     assert indices.shape == weights.shape == (2, 7, top_k)
     assert ((indices >= 0) & (indices < 5)).all()
     assert (indices.sort(-1).values.diff(dim=-1) > 0).all()
-    assert (weights >= 0).all() and weights.dtype == torch.float32
+    assert (weights >= 0).all()
+    assert weights.dtype == torch.float32
     if provider.renormalise:
         torch.testing.assert_close(weights.sum(-1), torch.ones(2, 7))
 
@@ -98,7 +99,8 @@ def test_scheduled_values_are_zero_dimensional_float32_buffers_that_are_saved(pr
     assert part.apt_provider is provider
     for buffer in provider.scheduled.values():
         value = part.get_buffer(buffer)
-        assert value.shape == () and value.dtype == torch.float32
+        assert value.shape == ()
+        assert value.dtype == torch.float32
         assert buffer in part.state_dict()
 
 

@@ -21,7 +21,8 @@ def test_every_router_chooses_different_experts_counts_its_parameters_and_learns
     router = provider.create_router(8, 6, provider.top_k)
     indices, weights, _ = provider.route(router, 5 * torch.randn(2, 7, 8), True)
     assert indices.shape == weights.shape == (2, 7, provider.top_k)
-    assert weights.dtype == torch.float32 and (weights >= 0).all()
+    assert weights.dtype == torch.float32
+    assert (weights >= 0).all()
     assert (indices.sort(-1).values.diff(dim=-1) > 0).all()
     assert sum(p.numel() for p in router.parameters()) == provider.get_parameter_count(8, 6)
     weights.square().sum().backward()
@@ -33,7 +34,9 @@ def test_every_router_is_deterministic_in_evaluation_and_has_no_losses_there(pro
     router = provider.create_router(8, 6, provider.top_k)
     x = torch.randn(2, 7, 8)
     one, two = provider.route(router, x, False), provider.route(router, x, False)
-    assert one[0].equal(two[0]) and one[1].equal(two[1]) and not one[2]
+    assert one[0].equal(two[0])
+    assert one[1].equal(two[1])
+    assert not one[2]
 
 
 @pytest.mark.parametrize("provider", PROVIDERS, ids=lambda provider: type(provider).__name__)
@@ -88,7 +91,8 @@ def test_the_bias_chooses_but_does_not_weigh_and_has_no_gradient() -> None:
     assert indices.equal(torch.tensor([3, 5]).expand(1, 4, 2))
     gates = router(x).sigmoid()[..., [3, 5]]
     torch.testing.assert_close(weights, 2.5 * gates / gates.sum(-1, keepdim=True))
-    assert not router.bias.requires_grad and not losses
+    assert not router.bias.requires_grad
+    assert not losses
 
 
 def test_the_bias_moves_once_a_step_by_the_load_of_all_micro_batches() -> None:
@@ -105,7 +109,8 @@ def test_the_bias_moves_once_a_step_by_the_load_of_all_micro_batches() -> None:
     MoEPlugin().apt_step_end(STATE, layer, {})
     assert router.bias.mean().abs() < 1e-6, "the bias stays centred"
     MoEPlugin().apt_step_end(STATE, layer, {})
-    assert "bias" in router.state_dict() and "load" not in router.state_dict()
+    assert "bias" in router.state_dict()
+    assert "load" not in router.state_dict()
 
 
 def test_without_a_loss_a_skewed_stream_becomes_balanced() -> None:

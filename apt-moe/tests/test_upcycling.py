@@ -38,7 +38,8 @@ def test_every_expert_gets_the_dense_layer_s_weights_and_its_optimizer_state(
     for dense, stack in pairs(layer):
         assert all(expert.equal(dense) for expert in stack)
         state, stacked = stepper.state[dense], stepper.state[stack]
-        assert state and state.keys() == stacked.keys()
+        assert state
+        assert state.keys() == stacked.keys()
         for key, value in state.items():
             if isinstance(value, Tensor) and key != "step":
                 assert all(expert.equal(value) for expert in stacked[key])

@@ -48,6 +48,10 @@ class Aligner(nn.Module):
                 pulls.append(strength / (self.alpha + self.beta) * distance)
         return torch.stack(pulls).sum() if pulls else stable.new_zeros((), dtype=torch.float32)
 
+    def idle(self) -> list[nn.Module]:
+        """Itself, while its weight is 0: then no loss is computed."""
+        return [] if self.active and self.weight.item() else [self]
+
     def mix(self, stable: Tensor, align: Tensor) -> Tensor:
         """stable + alpha beta U P (align - stable), U = P^T, in a fixed subspace: [batch, seq, d_model].
 

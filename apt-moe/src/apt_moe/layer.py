@@ -60,6 +60,12 @@ class MixtureOfExperts(nn.Module):
         output = dispatch.combine(rows, weights, plan).to(x.dtype).view_as(x)
         return Part(output, losses, self._metrics(x, indices, plan, mask))
 
+    def idle(self) -> list[nn.Module]:
+        """The dense layer once the experts are on; before that, the router and the experts."""
+        if not self.active:
+            return [self.router, self.experts]
+        return [] if self.dense is None else [self.dense]
+
     @torch.no_grad()
     def _metrics(self, x: Tensor, indices: Tensor, plan: dispatch.Plan, mask: Tensor | None) -> dict[str, Tensor]:
         counted = None if mask is None else mask.flatten().repeat_interleave(plan.top_k)

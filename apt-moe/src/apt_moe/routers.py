@@ -124,8 +124,9 @@ class Switch(TopK):
 class NoisyTopK(TopK):
     """Softmax top-k of l + eps softplus(W_n x), eps ~ N(0, 1), in training; of l in evaluation.
 
-    The noise is as large as the router finds useful: W_n is learnt, from 0 (Shazeer et al. 2017, arXiv:1701.06538, eq. 4).
-    The losses are of l itself.
+    The noise is as large as the router finds useful: W_n is learnt, from 0. The losses are of l itself.
+
+    Shazeer et al. 2017, arXiv:1701.06538, eq. 4.
     """
 
     def create_router(self, d_model: int, num_experts: int, top_k: int | None = None) -> NoisyRouter:
@@ -157,8 +158,8 @@ class NoisyTopK(TopK):
 class SigmoidBias(RouterProvider):
     """Balance without an auxiliary loss: s = sigmoid(W x / T); the k largest of s + b are chosen, w = s_chosen / sum.
 
-    After each optimizer step b_e += u (sign(mean load - load_e) - the mean of these signs), so b picks and s weighs. The
-    plugin `moe` takes this step; without it b stays 0.
+    After each optimizer step b_e += u (sign(mean load - load_e) - the mean of these signs), so b picks and s weighs.
+    The plugin `moe` takes this step; without it b stays 0.
 
     Wang et al. 2024, arXiv:2408.15664; DeepSeek-V3, arXiv:2412.19437.
     """
@@ -174,9 +175,7 @@ class SigmoidBias(RouterProvider):
     @model_validator(mode="after")
     def _router_learns(self) -> SigmoidBias:
         if self.top_k == 1:
-            raise ValueError(
-                "the weight of one chosen expert is always the same, so the router gets no gradient; use top_k: 2"
-            )
+            raise ValueError("one chosen expert always has the same weight: the router gets no gradient; use top_k: 2")
         return self
 
     def create_router(self, d_model: int, num_experts: int, top_k: int | None = None) -> BiasRouter:
