@@ -1,7 +1,7 @@
 """What the kernel costs: discovery, look-ups, memory, loading a profile, hooks. Each number beside its goal.
 
-``python benchmarks/kernel.py`` prints a table and exits with 1 where a goal is missed. Medians throughout; what is compared
-is measured in turns, so that a busy machine disturbs both sides alike.
+``python benchmarks/kernel.py`` prints a table and exits with 1 where a goal is missed. Medians throughout; what is
+compared is measured in turns, so that a busy machine disturbs both sides alike.
 """
 
 from __future__ import annotations

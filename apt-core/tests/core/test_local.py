@@ -30,13 +30,13 @@ def registry(folder):
 
 
 def test_what_names_a_file_is_told_from_what_names_a_provider():
-    assert is_local("./mine.py:Mine") and is_local("mine.py:Mine") and is_local("/a/b.py:C")
+    assert all(map(is_local, ("./mine.py:Mine", "mine.py:Mine", "/a/b.py:C")))
     assert not any(map(is_local, ("sdpa", "mine.py", "mine:Mine", "./mine.py:a.b", "./mine.py:")))
 
 
 def test_without_leave_no_file_is_run(folder, tmp_path):
     (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(ProviderDisabledError, match="code in a file is not run unasked; .* --allow-local-code"):
+    with pytest.raises(ProviderDisabledError, match=r"code in a file is not run unasked; .* --allow-local-code"):
         Registry().resolve("data", MINE)
     assert not (tmp_path / "ran").exists()
 

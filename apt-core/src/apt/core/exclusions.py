@@ -48,7 +48,10 @@ def check_form(excludes: Iterable[str], kind: str, kinds: Iterable[str]) -> tupl
 
 
 def find_conflicts(used: Iterable[Used], capabilities: Mapping[str, str] | None = None) -> list[Fault]:
-    """Every pair that excludes one another, once; `capabilities` are words that the profile itself rules out, and why."""
+    """Every pair that excludes one another, once.
+
+    `capabilities` are words that the profile itself rules out, and why.
+    """
     parts = list(used)
     faults: list[Fault] = []
     seen: set[frozenset[int]] = set()

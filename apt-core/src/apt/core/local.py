@@ -1,8 +1,8 @@
 """Provider code that lies in a file beside the profile: ``attention: {provider: ./my_attention.py:Mine, r: 4}``.
 
 Running a file that a profile names is running a stranger's program, so it needs leave. A file is run only when
-1. the profile was given on the command line (or the caller of `Registry.allow_local_code` says so), and the file lies in
-   that profile's folder or below it, links followed; or
+1. the profile was given on the command line (or the caller of `Registry.allow_local_code` says so), and the file lies
+   in that profile's folder or below it, links followed; or
 2. ``--allow-local-code`` was given: then any file; a relative name is looked for in the profile's folder, then in the
    current one.
 A checkpoint's profile is never given on the command line, so only the flag lets its code run. The digest of what was

@@ -1,4 +1,4 @@
-"""What pydantic found wrong with a provider's options, in the one shape of all errors: where, what, what would be right."""
+"""What pydantic found wrong with a provider's options, in the shape of all errors: where, what, what would be right."""
 
 from __future__ import annotations
 

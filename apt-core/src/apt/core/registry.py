@@ -1,8 +1,8 @@
 """The registry: which provider builds this part? One of many, by kind and name, never by chance.
 
-A provider is known at three levels. Its *metadata* is read from what is installed, and nothing is imported (`discovery`).
-Its *class*, a pydantic model that needs no PyTorch, is imported when it is asked for (`loading`). Its *part* is built by
-the class. A package that is broken costs its own providers alone.
+A provider is known at three levels. Its *metadata* is read from what is installed, and nothing is imported
+(`catalogue`). Its *class*, a pydantic model that needs no PyTorch, is imported when it is asked for (`loading`). Its
+*part* is built by the class. A package that is broken costs its own providers alone.
 
 `get` may fall back to the kind's default, with a warning that says why; `resolve` serves profiles, and follows only the
 fallbacks that a profile states.
@@ -49,7 +49,7 @@ C = TypeVar("C", bound=type[Provider])
 class Registry:
     """Kinds, names, and the providers behind them.
 
-    ``Registry()`` knows what is registered with it and nothing else; ``Registry(discover)`` knows what is installed too.
+    ``Registry()`` knows what is registered with it, ``Registry(discover)`` what is installed too.
     All methods may be called from several threads.
     """
 
@@ -129,8 +129,8 @@ class Registry:
     def load_object(self, kind: str, name: str) -> object:
         """Import whatever the entry point names, be it a provider or not.
 
-        Raises `ProviderError`: nobody offers it, it is disabled, two distributions claim it, a requirement is missing, or
-        its import fails. A failed import is not tried again before `clear_cache`.
+        Raises `ProviderError`: nobody offers it, it is disabled, two distributions claim it, a requirement is missing,
+        or its import fails. A failed import is not tried again before `clear_cache`.
         """
         record = self._catalogue.get_record(kind, name)
         if failure := self._failures.get((kind, name)):
@@ -207,8 +207,8 @@ class Registry:
     ) -> None:
         """Offer a provider: its class, or ``"package.module:Class"`` to import it only when it is asked for.
 
-        `excludes` adds to the class's own: ``kind.name``, a kind, ``capability:<word>``, or the name of a provider of the
-        same kind. Raises `ProviderCollisionError` for a name that is taken, unless `override`.
+        `excludes` adds to the class's own: ``kind.name``, a kind, ``capability:<word>``, or the name of a provider of
+        the same kind. Raises `ProviderCollisionError` for a name that is taken, unless `override`.
         """
         target = provider if isinstance(provider, str) else f"{provider.__module__}:{provider.__qualname__}"
         record = registered(kind, name, target)
@@ -231,7 +231,7 @@ class Registry:
             self._hooks[kind] = (*self._hooks.get(kind, ()), callback)
 
     def allow_local_code(self, leave: LocalCode | None) -> None:
-        """Say which provider code in files may be run (see `apt.core.local`); None forbids it, which is the beginning."""
+        """Say which provider code in files may be run (see `apt.core.local`); at first none, and with None again."""
         with self._lock:
             self._leave = leave
             self._ready_local.clear()
@@ -258,7 +258,7 @@ class Registry:
         return Used.of(where, kind, name, found, self._excludes.get((kind, name), ()))
 
     def clear_cache(self, kind: str | None = None, name: str | None = None) -> None:
-        """Forget instances and failed imports, of all kinds, of one kind, or of one provider; nothing is unregistered."""
+        """Forget instances and failed imports, of all kinds, of one, or of one provider; nothing is unregistered."""
         with self._lock:
             for table in (self._ready, self._ready_local):
                 for key in [key for key in table if kind in (None, key[0]) and name in (None, key[1])]:
@@ -362,8 +362,8 @@ class Registry:
 def resolve_slot(interface: type[P], value: object, context: object) -> P:
     """The nested provider that an option of type ``Slot[interface]`` means.
 
-    `value` is a provider, its name, or ``{provider: name, fallback: [...], **options}``; `context` is pydantic's and may
-    hold the registry. Raises `PydanticCustomError`, so that it is reported among the other faults of the options.
+    `value` is a provider, its name, or ``{provider: name, fallback: [...], **options}``; `context` is pydantic's and
+    may hold the registry. Raises `PydanticCustomError`, so that it is reported among the other faults of the options.
     """
     if isinstance(value, interface):
         return value

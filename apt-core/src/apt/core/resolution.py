@@ -1,4 +1,4 @@
-"""What was asked for and what is used: a provider's record read as an answer, and a profile's words read as a question."""
+"""What was asked for and what is used: a provider's record read as an answer, a profile's words as a question."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """From a profile's names to providers: every fault of the profile that providers can know of, in one report.
 
-A profile names what it uses; nothing stands in for it unless the profile says so. Checked here: that each provider can be
-had and accepts its options, nested ones too; that nothing in use excludes anything else in use; that the schedules
-name plugins that are listed and values that something reads; that the tokenizer's ids fit the model.
+A profile names what it uses; nothing stands in for it unless the profile says so. Checked here: that each provider
+can be had and accepts its options, nested ones too; that nothing in use excludes anything else in use; that each
+plugin's hooks exist; that the schedules are well formed and name plugins that are listed and values that something
+reads; that the tokenizer's ids fit the model.
 """
 
 from __future__ import annotations

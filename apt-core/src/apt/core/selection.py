@@ -1,7 +1,7 @@
 """`APT_DISABLE_PLUGINS` and `APT_ONLY_PLUGINS`: what may be loaded at all. What is disabled is never imported.
 
-An entry is a distribution (``apt-moe``), a provider (``router.topk_default``) or a plugin (``moe``). `APT_ONLY_PLUGINS` keeps
-what is named; a plugin keeps its whole distribution there, because its parts come with it, and apt-core's own
+An entry is a distribution (``apt-moe``), a provider (``router.topk_default``) or a plugin (``moe``). `APT_ONLY_PLUGINS`
+keeps what is named; a plugin keeps its whole distribution there, because its parts come with it, and apt-core's own
 providers always stay. `APT_DISABLE_PLUGINS` takes away exactly what is named, and is the stronger of the two.
 """
 
