@@ -125,3 +125,15 @@ def test_it_is_saved_and_loaded_whole_and_built_on_the_meta_device() -> None:
     assert other.mix(stable, align).equal(aligner.mix(stable, align))
     with torch.device("meta"):
         assert {b.device.type for b in BiState(state="layer").create_aligner(16).buffers()} == {"meta"}
+
+
+def test_it_is_idle_while_it_is_off_or_weighs_nothing() -> None:
+    aligner = BiState(state="layer").create_aligner(8)
+    assert aligner.idle() == []
+    aligner.weight.zero_()
+    assert aligner.idle() == [aligner]
+    aligner.weight.fill_(1.0)
+    aligner.active = False
+    assert aligner.idle() == [aligner]
+    neutral = BiState(alpha=0, beta=0).create_aligner(8)
+    assert neutral.idle() == [neutral]

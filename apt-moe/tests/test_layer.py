@@ -136,6 +136,14 @@ def test_once_on_the_dense_layer_is_idle_and_everything_else_learns() -> None:
         assert all(gradient.abs().sum() > 0 for gradient in stack.grad), "every expert learns"
 
 
+def test_what_is_idle_is_what_gets_no_gradient() -> None:
+    layer = mixture(experts=3)
+    assert layer.idle() == [layer.dense]
+    layer.active = False
+    assert layer.idle() == [layer.router, layer.experts]
+    assert mixture(upcycle=False).idle() == []
+
+
 def test_without_upcycling_there_is_no_dense_layer_and_it_cannot_be_off() -> None:
     layer = mixture(upcycle=False)
     assert layer.dense is None

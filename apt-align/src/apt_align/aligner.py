@@ -52,6 +52,11 @@ class Aligner(nn.Module):
         """Itself, while its weight is 0: then no loss is computed."""
         return [] if self.active and self.weight.item() else [self]
 
+    def idle(self) -> list[nn.Module]:
+        """Itself, while it is off or its loss has no weight."""
+        weightless = self.weight.item() == 0 or self.alpha == self.beta == 0
+        return [self] if weightless or not self.active else []
+
     def mix(self, stable: Tensor, align: Tensor) -> Tensor:
         """stable + alpha beta U P (align - stable), U = P^T, in a fixed subspace: [batch, seq, d_model].
 

@@ -53,6 +53,8 @@ class BiState(AlignProvider):
     def _consistent(self) -> BiState:
         if self.state == "layer" and self.metric == "kl":
             raise ValueError("state layer compares hidden states, which are no logits; metric: cosine, l2 or nce")
+        if self.state == "layer" and self.alpha == 0 and self.beta > 0:
+            raise ValueError("state layer: with alpha: 0 the map from the earlier layer learns nothing; set alpha")
         for option, state in (("layer", "layer"), ("decay", "ema")):
             if option in self.model_fields_set and self.state != state:
                 raise ValueError(f"{option} is an option of state {state}, but the state is {self.state}")

@@ -66,6 +66,12 @@ class MixtureOfExperts(nn.Module):
             return [self.router, self.experts]
         return [] if self.dense is None else [self.dense]
 
+    def idle(self) -> list[nn.Module]:
+        """The dense layer once the experts are on, and the experts and their router until then."""
+        if not self.active:
+            return [self.router, self.experts]
+        return [] if self.dense is None else [self.dense]
+
     @torch.no_grad()
     def _metrics(self, x: Tensor, indices: Tensor, plan: dispatch.Plan, mask: Tensor | None) -> dict[str, Tensor]:
         counted = None if mask is None else mask.flatten().repeat_interleave(plan.top_k)
