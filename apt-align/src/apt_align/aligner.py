@@ -49,10 +49,6 @@ class Aligner(nn.Module):
         return torch.stack(pulls).sum() if pulls else stable.new_zeros((), dtype=torch.float32)
 
     def idle(self) -> list[nn.Module]:
-        """Itself, while its weight is 0: then no loss is computed."""
-        return [] if self.active and self.weight.item() else [self]
-
-    def idle(self) -> list[nn.Module]:
         """Itself, while it is off or its loss has no weight."""
         weightless = self.weight.item() == 0 or self.alpha == self.beta == 0
         return [self] if weightless or not self.active else []

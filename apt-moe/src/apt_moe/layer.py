@@ -61,12 +61,6 @@ class MixtureOfExperts(nn.Module):
         return Part(output, losses, self._metrics(x, indices, plan, mask))
 
     def idle(self) -> list[nn.Module]:
-        """The dense layer once the experts are on; before that, the router and the experts."""
-        if not self.active:
-            return [self.router, self.experts]
-        return [] if self.dense is None else [self.dense]
-
-    def idle(self) -> list[nn.Module]:
         """The dense layer once the experts are on, and the experts and their router until then."""
         if not self.active:
             return [self.router, self.experts]
