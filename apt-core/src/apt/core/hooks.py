@@ -18,7 +18,7 @@ import pluggy
 
 from apt.core.providers import Plugin
 from apt.core.registry import record_of
-from apt.errors import PluginError, nearest
+from apt.errors import PluginError, UserError, nearest
 from apt.hookspecs import PROJECT, Hooks, RunState
 
 if TYPE_CHECKING:
@@ -114,6 +114,9 @@ class HookRunner:
             start = time.perf_counter()
             try:
                 return bound(*args, **kwargs)
+            except UserError as error:
+                error.add_note(f"said by {origin} in {hook}")
+                raise
             except Exception as error:
                 state = args[_position(bound)] if takes_state else None
                 raise _failure(origin, hook, state, error) from error

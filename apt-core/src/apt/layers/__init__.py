@@ -5,12 +5,12 @@ Shapes: `batch`, `seq` (queries), `kv` (keys), `d_model`. A mask is boolean and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Part(NamedTuple):
@@ -76,6 +76,9 @@ class Switchable(Protocol):
     """A part that a plugin's switch governs: inert until `active`, and then of full effect."""
 
     active: bool
+
+    def idle(self) -> Iterable[nn.Module]:
+        """Its modules that take no part in the forward pass as things stand; the proof of use leaves them out."""
 
 
 def as_part(result: Tensor | Part) -> Part:

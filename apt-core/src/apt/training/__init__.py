@@ -1,0 +1,1 @@
+"""The loop, and what makes it trustworthy: checkpoints, the proof of use, the record of a run."""

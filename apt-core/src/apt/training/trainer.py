@@ -1,0 +1,440 @@
+"""The loop: a profile becomes a trained model, and every switch, value and moment of it is where the profile says.
+
+Each step: the schedule sets its buffers; the micro-batches give loss and gradient; the proof of use is made where it is due;
+the gradient is clipped; the optimizer steps; the hooks are called in between. Nothing of a step depends on how often the
+run was evaluated or interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from apt.core.config import APTConfig
+from apt.core.hooks import HookRunner
+from apt.core.lock import Lock, check_lock, make_lock
+from apt.core.profile import dump_profile
+from apt.core.providers import DataProvider, Tokenizer, TokenizerProvider
+from apt.core.resolve import Resolved, resolve_config
+from apt.core.schedules import Schedule
+from apt.data.batches import Batches, windows
+from apt.data.corpus import Corpus, TokenSplit, require, training_texts
+from apt.errors import AptError, CheckpointError, UserError
+from apt.hookspecs import Batch, RunState
+from apt.layers import Output
+from apt.modeling.compose import ModelBuilder
+from apt.modeling.model import Decoder
+from apt.modeling.parts import scheduled_buffers, set_active
+from apt.training.checkpoint import PROFILE, find_checkpoint, restore, save_checkpoint, verify
+from apt.training.evaluate import Score, evaluate, score
+from apt.training.optim import learning_rate, make_optimizer
+from apt.training.plot import plot_run
+from apt.training.progress import Report
+from apt.training.proof import ProofOfUse
+from apt.training.record import Metrics, write_card, write_record
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run ended with."""
+
+    folder: Path
+    state: RunState
+    resolved: Resolved
+    validation: Score
+    model: Decoder
+    tokenizer: Tokenizer
+    plot: Path | None
+    interrupted: bool = False
+
+
+class Trainer:
+    """One run in one process, in the folder `out`.
+
+    `resume` is ``"never"`` (the folder must be new), ``"auto"`` (go on from the folder's newest checkpoint, where it has one),
+    or the path of a checkpoint. Raises `UserError` and its kin before anything is written where the run cannot be.
+    """
+
+    def __init__(
+        self,
+        config: APTConfig,
+        out: Path | str,
+        *,
+        resolved: Resolved | None = None,
+        resume: str = "never",
+        console: Console | None = None,
+    ) -> None:
+        self.config, self.out = config, Path(out)
+        self.resolved = resolve_config(config) if resolved is None else resolved
+        self.console = Console() if console is None else console
+        self.checkpoint = self._find_checkpoint(resume)
+        self.hooks = HookRunner(self.resolved.plugins)
+        self.schedule = Schedule(config)
+        self._stop = False
+
+    def fit(self) -> RunResult:
+        """Train to the end, or until Ctrl-C or SIGTERM, which finish the step and save."""
+        self._prepare()
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / PROFILE).write_text(dump_profile(self.config))
+        parameters = sum(each.numel() for each in self.model.parameters())
+        if self.checkpoint is None:
+            write_record(self.out, self.config, self.resolved, self.corpus.digest, parameters)
+        self.metrics = Metrics(self.out, None if self.checkpoint is None else self.state.step)
+        name = f"{self.config.name} ({parameters / 1e6:.2f} M)"
+        try:
+            with Report(self.console, name, self.state.step, self.state.max_steps) as report, self._signals(report):
+                self.report = report
+                if self.checkpoint is not None:
+                    report.line(f"resumed from {self.checkpoint} at step {self.state.step}")
+                self._run()
+        finally:
+            self.metrics.close()
+        return self._finish()
+
+    # Before the first step
+
+    def _find_checkpoint(self, resume: str) -> Path | None:
+        if resume == "never":
+            if self.out.is_dir() and any(self.out.iterdir()):
+                raise UserError(f"{self.out}: is not empty; give another --out, or --resume auto to go on there")
+            return None
+        if resume == "auto":
+            if not (self.out / "latest").is_file():
+                return None
+            folder = find_checkpoint(self.out)
+        else:
+            folder = find_checkpoint(Path(resume))
+        verify(folder)
+        return folder
+
+    def _prepare(self) -> None:
+        config = self.config
+        self.hooks.hook.apt_config_resolved(config=config)
+        if config.hardware.threads is not None:
+            torch.set_num_threads(config.hardware.threads)
+        self.device = _device(config)
+        source, tokenizer = self.resolved.providers["data"], self.resolved.providers["tokenizer"]
+        assert isinstance(source, DataProvider)
+        assert isinstance(tokenizer, TokenizerProvider)
+        self.corpus = Corpus.of(source.read())
+        self.tokenizer = (
+            tokenizer.train(training_texts(self.corpus)) if self.checkpoint is None else tokenizer.load(self.checkpoint)
+        )
+        if self.tokenizer.vocab_size > config.vocab_size:
+            raise UserError(
+                f"model.vocab_size: {config.vocab_size} is less than the tokenizer's {self.tokenizer.vocab_size} ids"
+            )
+        self.train_split = self._split("train")
+        self.validation = self._split("validation")
+        training = config.training
+        self.batches = Batches(self.train_split, config.max_seq_len, training.batch_size, training.seed)
+        self.steps_per_epoch = training.steps_per_epoch or max(1, self.batches.batches_per_pass // training.accumulate)
+        max_steps, max_epochs = _length(config, self.steps_per_epoch)
+        self.state = RunState(0, 0, max_steps, max_epochs)
+        random.seed(training.seed)
+        np.random.seed(training.seed)  # noqa: NPY002
+        torch.manual_seed(training.seed)
+        self.model = ModelBuilder(config, resolved=self.resolved).build_model().to(self.device)
+        self.buffers = scheduled_buffers(self.model)
+        self.optimizer = make_optimizer(self.model, config)
+        self.rate = learning_rate(config, max_steps)
+        self.proof = ProofOfUse(self.model)
+        self.hooks.hook.apt_model_built(config=config, model=self.model)
+        for plugin in config.plugins:
+            set_active(self.model, plugin, False)
+        if self.checkpoint is not None:
+            self._restore(self.checkpoint)
+        if config.training.compile:
+            for block in self.model.blocks:
+                block.compile(fullgraph=False)
+
+    def _split(self, name: str) -> TokenSplit:
+        split = self.corpus.tokens(name, self.tokenizer, self.config.bos_token_id)  # type: ignore[arg-type]
+        require(split, name, self.config.max_seq_len)  # type: ignore[arg-type]
+        return split
+
+    def _restore(self, folder: Path) -> None:
+        state, hooks, saved = restore(folder, self.model, self.optimizer)
+        if saved["corpus"] != self.corpus.digest:
+            raise CheckpointError(f"{folder}: was trained on another text than data.source gives now")
+        lock = saved["lock"]
+        assert isinstance(lock, Mapping)
+        for fault in check_lock(Lock.from_dict(lock), make_lock(self.resolved), strict=False):
+            self.console.print(f"warning: {folder.name}: {fault}", style="yellow", highlight=False)
+        if state.step >= self.state.max_steps:
+            raise CheckpointError(f"{folder}: step {state.step} is the end of this profile; raise max_epochs or max_steps")
+        self.state = replace(self.state, step=state.step, epoch=state.epoch, plugins_on=state.plugins_on, values=state.values)
+        for plugin in state.plugins_on:
+            set_active(self.model, plugin, True)
+        self.hooks.load_state(self.state, hooks)
+
+    # The steps
+
+    def _run(self) -> None:
+        hook, model = self.hooks.hook, self.model.train()
+        hook.apt_training_start(state=self.state, model=model, optimizer=self.optimizer)
+        self._watch = _Watch(self.config)
+        try:
+            while self.state.step < self.state.max_steps and not self._stop:
+                within = self.state.step % self.steps_per_epoch
+                self._enter_step(first_of_epoch=within == 0)
+                self._step()
+                if within + 1 == self.steps_per_epoch:
+                    self.state = replace(self.state, epoch=self.state.epoch + 1)
+                    hook.apt_epoch_end(state=self.state)
+                self._look_after()
+        finally:
+            hook.apt_training_end(state=self.state, model=model)
+        if self._stop and self.saved_at != self.state.step:
+            self._save()
+
+    def _enter_step(self, first_of_epoch: bool) -> None:
+        """Set scheduled values and switches for the step that is about to run."""
+        state = self.state
+        values = self.schedule.get_all_params(state.epoch, state.step, state.max_epochs, state.max_steps)
+        on = tuple(self.schedule.list_enabled_plugins(self.config.plugins, state.epoch, state.step))
+        self.state = replace(state, values=values, plugins_on=on)
+        self._set_values()
+        for plugin in on:
+            if plugin not in state.plugins_on:
+                self._switch_on(plugin)
+        if first_of_epoch:
+            self.hooks.hook.apt_epoch_start(state=self.state)
+        self.hooks.hook.apt_step_start(state=self.state)
+
+    @torch.no_grad()
+    def _set_values(self) -> None:
+        for name, value in self.state.values.items():
+            for buffer in self.buffers.get(name, ()):
+                buffer.fill_(value)
+
+    def _switch_on(self, plugin: str) -> None:
+        """Switch a plugin on; in mid-run, measure one fixed batch before and after."""
+        if self.state.step == 0:
+            set_active(self.model, plugin, True)
+            return
+        before = self._fixed_loss()
+        set_active(self.model, plugin, True)
+        self.hooks.phase_changed(plugin, self.state, self.model, self.optimizer)
+        after = self._fixed_loss()
+        self.metrics.write(
+            "switch", step=self.state.step, epoch=self.state.epoch, plugin=plugin, loss_before=before, loss_after=after
+        )
+        self.report.line(
+            f"step {self.state.step}: {plugin} on; held-out loss of one batch {before:.6f} -> {after:.6f} ({after - before:+.1e})"
+        )
+
+    def _fixed_loss(self) -> float:
+        batches = windows(self.validation, self.config.max_seq_len, self.config.training.batch_size, 1)
+        return score(self.model, batches, bytes_per_token=1.0, device=self.device)[0].loss
+
+    def _step(self) -> None:
+        config, model, hook = self.config, self.model, self.hooks.hook
+        due = self.proof.due() if self.proof.pending else []
+        self.proof.watch(due)
+        accumulate = config.training.accumulate
+        first = self.state.step * accumulate
+        micro = [self._batch(first + index) for index in range(accumulate)]
+        counts = [batch.targets.numel() if batch.mask is None else int(batch.mask.sum()) for batch in micro]
+        total = max(1, sum(counts))
+        metrics: dict[str, float] = {}
+        for batch, count in zip(micro, counts, strict=True):
+            loss, extra = self._loss(batch)
+            share = loss * (count / total)
+            for name, more in extra.items():
+                share = share + more / accumulate
+                self._watch.add(f"loss_{name}", more.detach() / accumulate)
+            share.backward()
+            self._watch.add("loss", loss.detach() * (count / total))
+        limit = config.gradient_clip or math.inf
+        norm = nn.utils.clip_grad_norm_(model.parameters(), limit).item()
+        if not math.isfinite(norm):
+            raise AptError(self._not_finite(first, accumulate))
+        self.proof.check(due, self.state.step)
+        hook.apt_gradients_ready(state=self.state, model=model)
+        rate = self.rate(self.state.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.state = replace(self.state, step=self.state.step + 1)
+        hook.apt_step_end(state=self.state, model=model, metrics=metrics)
+        self._watch.done(total)
+        step = self.state.step
+        if step % config.monitoring.log_every == 0 or step in (1, self.state.max_steps):
+            self._log(rate, norm, metrics)
+
+    def _batch(self, index: int) -> Batch:
+        batch = self.batches.get(index)
+        batch.tokens, batch.targets = batch.tokens.to(self.device), batch.targets.to(self.device)
+        self.hooks.hook.apt_batch_prepare(state=self.state, batch=batch)
+        return batch
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean cross entropy of a micro-batch, and the losses of parts and plugins by name."""
+        precision = torch.bfloat16 if self.config.training.precision == "bf16" else None
+        stance = torch.compiler.set_stance("force_eager") if self.proof.pending else contextlib.nullcontext()
+        with torch.autocast(self.device.type, precision, enabled=precision is not None), stance:
+            output: Output = self.model(batch.tokens)
+            targets = batch.targets if batch.mask is None else batch.targets.masked_fill(~batch.mask, -100)
+            loss = nn.functional.cross_entropy(output.logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+            extra = dict(output.losses)
+            for losses in self.hooks.hook.apt_loss_extra(state=self.state, model=self.model, batch=batch, output=output):
+                extra.update(losses)
+        return loss, extra
+
+    def _not_finite(self, first: int, accumulate: int) -> str:
+        broken = [name for name, each in self.model.named_parameters() if each.grad is not None and not each.grad.isfinite().all()]
+        named = ", ".join(broken[:5]) + (f" and {len(broken) - 5} more" if len(broken) > 5 else "")
+        return (
+            f"step {self.state.step}: the gradient is not finite (micro-batches {first} to {first + accumulate - 1} of seed "
+            f"{self.config.training.seed}; first in {named or 'the loss itself'}); lower training.learning_rate or "
+            "training.gradient_clip; the last checkpoint is untouched"
+        )
+
+    # Between the steps
+
+    def _log(self, rate: float, norm: float, metrics: dict[str, float]) -> None:
+        seen, speed = self._watch.read()
+        state = self.state
+        self.metrics.write(
+            "train", step=state.step, epoch=state.epoch, split="train", **seen, learning_rate=rate, gradient_norm=norm,
+            tokens_per_second=round(speed, 1), values=dict(state.values), plugins_on=list(state.plugins_on), **metrics,
+        )
+        self.report.step(state.step, seen["loss"], speed, rate, state.plugins_on, state.values)
+
+    def _look_after(self) -> None:
+        """Evaluate and save where it is time to."""
+        step, last = self.state.step, self.state.step == self.state.max_steps
+        if last or step % (self.config.evaluation.eval_every or self.steps_per_epoch) == 0:
+            self._evaluate()
+        if last or step % (self.config.training.save_every or self.steps_per_epoch) == 0:
+            self._save()
+
+    def _evaluate(self) -> Score:
+        with self._watch.paused():
+            hook, state, extra = self.hooks.hook, self.state, dict[str, float]()
+            hook.apt_evaluation_start(state=state, model=self.model)
+            scored, seen = evaluate(
+                self.model, self.validation, seq_len=self.config.max_seq_len, batch_size=self.config.training.batch_size,
+                max_batches=self.config.evaluation.max_batches, device=self.device,
+            )
+            hook.apt_evaluation_end(state=state, model=self.model, metrics=extra)
+            self.metrics.write(
+                "evaluation", step=state.step, epoch=state.epoch, split="validation", loss=scored.loss,
+                bits_per_byte=scored.bits_per_byte, values=dict(state.values), plugins_on=list(state.plugins_on),
+                **{name: metric.tolist() for name, metric in seen.items()}, **extra,
+            )
+            self.report.line(
+                f"step {state.step}: held-out loss {scored.loss:.4f} nats a token, {scored.bits_per_byte:.4f} bits a byte"
+            )
+            self.scored = scored
+        return scored
+
+    saved_at = -1
+
+    def _save(self) -> None:
+        with self._watch.paused():
+            save_checkpoint(
+                self.out, config=self.config, resolved=self.resolved, model=self.model, optimizer=self.optimizer,
+                tokenizer=self.tokenizer, state=self.state, hooks=self.hooks.save_state(self.state),
+                corpus_digest=self.corpus.digest, keep_last=self.config.training.keep_last,
+            )
+            self.saved_at = self.state.step
+
+    def _finish(self) -> RunResult:
+        if self._stop and self.state.step < self.state.max_steps:
+            self.report.line(f"stopped at step {self.state.step}; saved in {self.out}; go on with --resume auto --out {self.out}")
+        if getattr(self, "scored", None) is None:
+            self.scored = Score(math.nan, math.nan, 0)
+        picture = plot_run(self.out) if self.config.monitoring.plot else None
+        write_card(
+            self.out, self.config, self.resolved,
+            {"steps": self.state.step, "held-out loss (nats a token)": f"{self.scored.loss:.4f}",
+             "held-out bits a byte": f"{self.scored.bits_per_byte:.4f}"},
+        )
+        interrupted = self._stop and self.state.step < self.state.max_steps
+        return RunResult(
+            self.out, self.state, self.resolved, self.scored, self.model.eval(), self.tokenizer, picture, interrupted
+        )
+
+    @contextlib.contextmanager
+    def _signals(self, report: Report) -> Iterator[None]:
+        """Ctrl-C and SIGTERM finish the step and save; a second one leaves at once."""
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            if self._stop:
+                raise KeyboardInterrupt
+            self._stop = True
+            report.line(f"{signal.Signals(number).name}: finishing this step, then saving (again to leave at once)")
+
+        try:
+            before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread, where signals cannot be taken
+            yield
+            return
+        try:
+            yield
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+
+class _Watch:
+    """Sums of losses, and the time that training takes, between two lines of the log."""
+
+    def __init__(self, config: APTConfig) -> None:
+        self._per_step = config.max_seq_len
+        self._sums: dict[str, Tensor] = {}
+        self._steps, self._tokens, self._since = 0, 0, time.perf_counter()
+
+    def add(self, name: str, value: Tensor) -> None:
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def done(self, tokens: int) -> None:
+        self._steps += 1
+        self._tokens += tokens
+
+    def read(self) -> tuple[dict[str, float], float]:
+        """Mean losses a step and tokens a second since the last reading."""
+        means = {name: total.item() / max(1, self._steps) for name, total in self._sums.items()}
+        speed = self._tokens / max(1e-9, time.perf_counter() - self._since)
+        self._sums, self._steps, self._tokens, self._since = {}, 0, 0, time.perf_counter()
+        return means, speed
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens in here is not training time."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - start
+
+
+def _device(config: APTConfig) -> torch.device:
+    asked = config.hardware.device
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UserError("hardware.device: cuda is asked for, but PyTorch sees no GPU; use auto or cpu")
+    return torch.device("cuda" if asked == "cuda" or (asked == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def _length(config: APTConfig, steps_per_epoch: int) -> tuple[int, int]:
+    """Steps and epochs of the run: whichever limit comes first."""
+    training = config.training
+    by_epochs = math.inf if training.max_epochs is None else training.max_epochs * steps_per_epoch
+    max_steps = int(min(by_epochs, math.inf if training.max_steps is None else training.max_steps))
+    return max_steps, training.max_epochs or math.ceil(max_steps / steps_per_epoch)
