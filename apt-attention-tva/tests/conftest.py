@@ -6,11 +6,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor, nn
 
 from apt.core.providers import AttentionProvider
 from apt.layers import Part
 from apt_attention_tva.provider import TVA, Autopoietic
+
+settings.register_profile("apt", deadline=None)  # the first call of a PyTorch function is slow
+settings.load_profile("apt")
 
 D_MODEL, HEADS = 24, 3
 

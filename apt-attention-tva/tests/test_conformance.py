@@ -31,7 +31,8 @@ def loss(result: Tensor | Part, seed: int = 5) -> Tensor:
 def test_shape_and_type_are_kept_and_numbers_are_finite_in_bf16(layer: nn.Module, batch: int, seq: int) -> None:
     x = (30 * states(batch, seq)).bfloat16()
     mixed = output(layer.bfloat16()(x))
-    assert mixed.shape == x.shape and mixed.dtype == torch.bfloat16
+    assert mixed.shape == x.shape
+    assert mixed.dtype == torch.bfloat16
     assert bool(mixed.isfinite().all())
 
 
@@ -86,7 +87,8 @@ def test_padding_changes_nothing(layer: nn.Module, side: str, seq: int) -> None:
     torch.testing.assert_close(mixed[1:2, real], output(layer(x[1:2, real])))
     padded.requires_grad_()
     loss(output(layer(padded, mask=mask, positions=positions))[1, real]).backward()
-    assert padded.grad is not None and bool(padded.grad.isfinite().all())
+    assert padded.grad is not None
+    assert bool(padded.grad.isfinite().all())
     assert not padded.grad[1, ~mask[1]].any()
 
 
@@ -101,7 +103,7 @@ def test_losses_and_metrics_do_not_count_padding(layer: nn.Module) -> None:
             torch.testing.assert_close(value, getattr(alone, name)[key])
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.sampled_from(list(CASES)), st.lists(st.integers(1, 7), min_size=1, max_size=6), st.integers(0, 9))
 def test_decoding_in_any_portions_gives_what_one_pass_gives(case: str, portions: list[int], left: int) -> None:
     layer = trained(CASES[case])
@@ -144,7 +146,8 @@ def test_across_sequences_the_memory_is_seen_and_nothing_else(layer: nn.Module) 
     mixed = output(layer(x, causal=False, memory=memory, mask=mask))
     assert mixed.shape == x.shape
     (gradient,) = torch.autograd.grad(mixed[:, 0].sum(), memory)
-    assert bool(gradient[:, :6].abs().sum(-1).gt(0).all()) and not gradient[:, 6:].any()
+    assert bool(gradient[:, :6].abs().sum(-1).gt(0).all())
+    assert not gradient[:, 6:].any()
 
 
 def test_all_parameters_get_a_gradient_at_the_first_step_and_one_that_moves_them_at_the_second(
@@ -158,7 +161,8 @@ def test_all_parameters_get_a_gradient_at_the_first_step_and_one_that_moves_them
         optimizer.zero_grad()
         loss(layer(states(2, SEQ).float())).backward()
         for name, parameter in layer.named_parameters():
-            assert parameter.grad is not None and bool(parameter.grad.isfinite().all()), name
+            assert parameter.grad is not None, name
+            assert bool(parameter.grad.isfinite().all()), name
             assert step == 0 or bool(parameter.grad.any()), name
         optimizer.step()
 
@@ -214,7 +218,8 @@ def test_dropout_acts_in_training_alone_and_follows_the_seed(provider: Attention
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
         drawn.append(output(layer(x)))
-    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
 
 
 @pytest.mark.parametrize("seq", [SEQ, 140])

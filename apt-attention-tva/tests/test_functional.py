@@ -71,10 +71,11 @@ def test_lost_energy_of_a_random_subspace_is_its_missing_share_of_dimensions(see
     assert lost.mean().item() == pytest.approx(0.75, abs=0.03)
 
 
-@settings(deadline=None)
 @given(SEEDS, st.integers(1, 20))
 def test_the_broken_line_is_the_two_layer_map_and_has_its_gradients(seed: int, hidden: int) -> None:
-    values = [draw(seed + i, *sizes).requires_grad_() for i, sizes in enumerate([(5, 6), (hidden,), (hidden,), (hidden,)])]
+    values = [
+        draw(seed + i, *sizes).requires_grad_() for i, sizes in enumerate([(5, 6), (hidden,), (hidden,), (hidden,)])
+    ]
     x, slope, offset, height = values
     plain = (torch.relu(x.unsqueeze(-1) * slope + offset) * height).sum(-1)
     weights = draw(seed + 9, 5, 6)
@@ -108,4 +109,6 @@ def test_row_entropy_has_finite_gradients_where_nothing_is_visible() -> None:
     entropy = row_entropy(scores, unseen)
     entropy.sum().backward()
     assert entropy[:2].tolist() == [[0], [0]]
-    assert scores.grad is not None and bool(scores.grad.isfinite().all()) and not scores.grad[:2].any()
+    assert scores.grad is not None
+    assert bool(scores.grad.isfinite().all())
+    assert not scores.grad[:2].any()

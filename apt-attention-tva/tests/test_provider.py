@@ -15,7 +15,8 @@ from apt_attention_tva.provider import TVA, Autopoietic
 @pytest.mark.parametrize(("name", "provider"), [("tva_default", TVA), ("autopoietic", Autopoietic)])
 def test_the_entry_points_give_the_providers(name: str, provider: type[AttentionProvider]) -> None:
     found = registry.get("attention", name, fallback=False)
-    assert type(found) is provider and found.get_name() == name
+    assert type(found) is provider
+    assert found.get_name() == name
 
 
 def test_importing_the_providers_and_estimating_needs_no_torch() -> None:

@@ -63,7 +63,9 @@ def test_with_identity_projectors_it_is_scaled_dot_product_attention(scale: str,
     with torch.no_grad():
         for projector in (layer.down, layer.up):
             projector.copy_(torch.eye(width))
-    q, k, v = linear(x, layer.qkv.weight).unflatten(-1, (-1, width)).transpose(1, 2).split((HEADS, kv_heads, kv_heads), 1)
+    q, k, v = (
+        linear(x, layer.qkv.weight).unflatten(-1, (-1, width)).transpose(1, 2).split((HEADS, kv_heads, kv_heads), 1)
+    )
     q, k = (rotate(t, torch.arange(13).unsqueeze(0), 10_000.0) for t in (q, k))
     mixed = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=kv_heads != HEADS)
     torch.testing.assert_close(output(layer(x)), layer.out(mixed.transpose(1, 2).flatten(2)))
@@ -85,7 +87,8 @@ def test_at_full_rank_an_orthogonal_projector_changes_nothing_but_rotations() ->
 def test_folded_it_is_plain_narrow_attention_with_the_same_outputs_and_cache(options: dict[str, object]) -> None:
     layer, x = tva(**options), states(2, 13)
     folded = layer.fold()
-    assert isinstance(folded, NarrowAttention) and not folded.training
+    assert isinstance(folded, NarrowAttention)
+    assert not folded.training
     torch.testing.assert_close(output(folded(x)), output(layer(x)))
     cache = folded.create_cache(2, 13, torch.float64, torch.device("cpu"))
     assert cache.k.shape == layer.create_cache(2, 13, torch.float64, torch.device("cpu")).k.shape

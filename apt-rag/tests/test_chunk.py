@@ -42,5 +42,6 @@ def test_passages_end_at_paragraphs_before_lines_and_at_lines_before_words() -> 
 
 def test_neighbours_share_whole_words_of_the_overlap() -> None:
     first, second = cut(Document("d", "alpha beta gamma delta"), 16, 8)
-    assert first.text.endswith("beta") and second.text.startswith("beta")
+    assert first.text.endswith("beta")
+    assert second.text.startswith("beta")
     assert len(cut(Document("d", "x" * 40), 16, 4)) == 3

@@ -8,7 +8,9 @@ import pytest
 
 from apt_rag.embed import HashedNgrams
 
-PRINT = "from apt_rag.embed import HashedNgrams as H; c, v = H().count('Copy a File, naïve'); print(c.tolist(), v.tolist())"
+PRINT = (
+    "from apt_rag.embed import HashedNgrams as H; c, v = H().count('Copy a File, naïve'); print(c.tolist(), v.tolist())"
+)
 
 
 def test_every_process_counts_the_same() -> None:
@@ -57,4 +59,3 @@ def test_inner_products_are_kept_in_the_mean_over_hashed_words() -> None:
         products.append(vectors[0] @ vectors[1] / 20)
     assert abs(float(np.mean(products))) < 4 * float(np.std(products)) / len(products) ** 0.5
     assert float(np.std(products)) > 0
-

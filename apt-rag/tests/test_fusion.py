@@ -15,10 +15,12 @@ def test_a_fresh_weighted_sum_changes_nothing_and_can_learn() -> None:
     fused = fusion.weighted_sum(hidden, vectors, scores)
     assert torch.equal(fused, hidden)
     fused.square().sum().backward()
-    assert fusion.gate.grad is not None and fusion.gate.grad.abs() > 0
+    assert fusion.gate.grad is not None
+    assert fusion.gate.grad.abs() > 0
     fusion.gate.data.fill_(0.5)
     fusion.weighted_sum(hidden, vectors, scores).square().sum().backward()
-    assert fusion.project.weight.grad is not None and fusion.project.weight.grad.abs().sum() > 0
+    assert fusion.project.weight.grad is not None
+    assert fusion.project.weight.grad.abs().sum() > 0
 
 
 def test_the_better_passage_weighs_more() -> None:
@@ -45,7 +47,8 @@ def test_folding_adds_cells_that_agree_modulo_the_width(seed: int) -> None:
     cells = torch.arange(2048) % WIDTH
     expected = torch.zeros(3, WIDTH, dtype=torch.float64).index_add_(1, cells, vectors)
     torch.testing.assert_close(fold(vectors), expected)
-    assert fold(vectors[:, :256]) is not None and fold(vectors[:, :256]).shape[-1] == 256
+    assert fold(vectors[:, :256]) is not None
+    assert fold(vectors[:, :256]).shape[-1] == 256
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

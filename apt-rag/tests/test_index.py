@@ -70,7 +70,9 @@ def test_what_is_deleted_is_not_found() -> None:
 
 @settings(max_examples=20)
 @given(CORPUS, SENTENCE)
-def test_a_saved_index_searches_as_before(tmp_path_factory: pytest.TempPathFactory, texts: list[str], query: str) -> None:
+def test_a_saved_index_searches_as_before(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], query: str
+) -> None:
     index, folder = index_of(texts), tmp_path_factory.mktemp("index")
     index.save(folder)
     loaded = Index.load(folder, index.embedder)

@@ -11,7 +11,9 @@ from apt.errors import DataError, UserError
 from apt.hookspecs import Prompt
 from apt_rag.plugin import SHORTEST, RAGPlugin, fit
 
-PASSAGES = st.lists(st.builds(Document, st.sampled_from(["a:1", "b.txt:20"]), st.text("word ", min_size=1, max_size=90)), max_size=5)
+PASSAGES = st.lists(
+    st.builds(Document, st.sampled_from(["a:1", "b.txt:20"]), st.text("word ", min_size=1, max_size=90)), max_size=5
+)
 
 
 @pytest.fixture
@@ -48,7 +50,9 @@ def test_top_k_limits_the_passages(folder: Path) -> None:
 
 
 def test_the_retriever_is_an_option(folder: Path) -> None:
-    plugin = RAGPlugin.model_validate({"folder": folder, "retriever": {"provider": "cosine", "chunk_chars": 20, "overlap": 0}})
+    plugin = RAGPlugin.model_validate(
+        {"folder": folder, "retriever": {"provider": "cosine", "chunk_chars": 20, "overlap": 0}}
+    )
     prompt = Prompt("copyfile")
     plugin.apt_prompt_prepare(prompt)
     assert prompt.sources == ["copy.txt:1"] * 3

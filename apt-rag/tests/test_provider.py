@@ -31,19 +31,22 @@ def test_the_nearest_passage_comes_first_and_says_where_it_stands() -> None:
     provider, retriever = built(top_k=2)
     documents, scores = provider.retrieve(retriever, ["how to copy a file", "which number is the median"])
     assert [row[0].name for row in documents] == ["copy.txt:1", "stat.txt:1"]
-    assert scores.shape == (2, 2) and bool((scores[:, 0] >= scores[:, 1]).all())
+    assert scores.shape == (2, 2)
+    assert bool((scores[:, 0] >= scores[:, 1]).all())
 
 
 def test_fewer_passages_than_asked_for_are_all_of_them() -> None:
     provider, retriever = built()
     documents, scores = provider.retrieve(retriever, "file", 10)
-    assert len(documents[0]) == 3 and scores.shape == (1, 3)
+    assert len(documents[0]) == 3
+    assert scores.shape == (1, 3)
 
 
 def test_an_empty_index_finds_nothing() -> None:
     provider = Cosine()
     documents, scores = provider.retrieve(provider.create_retriever(8), ["a", "b"])
-    assert documents == [[], []] and scores.shape == (2, 0)
+    assert documents == [[], []]
+    assert scores.shape == (2, 0)
     assert provider.get_index_size() == 0
     hidden = torch.randn(2, 3, 8)
     assert torch.equal(provider.fuse_context(hidden, documents, scores), hidden)
@@ -52,12 +55,14 @@ def test_an_empty_index_finds_nothing() -> None:
 def test_no_queries_give_no_rows() -> None:
     provider, retriever = built()
     documents, scores = provider.retrieve(retriever, [])
-    assert documents == [] and scores.shape[0] == 0
+    assert documents == []
+    assert scores.shape[0] == 0
 
 
 def test_the_index_can_change_while_it_is_in_use() -> None:
     provider, retriever = built()
-    assert provider.supports_online_retrieval() and provider.get_index_size() == 3
+    assert provider.supports_online_retrieval()
+    assert provider.get_index_size() == 3
     assert provider.index.delete("copy.txt") == 1
     assert "copy.txt:1" not in [document.name for document in provider.retrieve(retriever, "copyfile")[0][0]]
 

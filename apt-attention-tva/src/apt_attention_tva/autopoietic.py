@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,6 +18,9 @@ from apt.layers import LayerCache
 from apt_attention_tva.costs import BLOCK
 from apt_attention_tva.functional import broken_line, row_entropy
 from apt_attention_tva.heads import Heads, Shape
+
+LINE = ("slope", "offset", "height")
+"""The parameters of the learned map of scores, one number a hidden unit; without the map they are not there."""
 
 
 class AutopoieticAttention(Heads):
@@ -41,36 +45,42 @@ class AutopoieticAttention(Heads):
         self.qkv = nn.Linear(shape.d_model, (heads + 2 * kv_heads) * width, bias=False)
         self.out = nn.Linear(heads * width, shape.d_model, bias=False)
         self.theta = nn.Parameter(torch.empty(()))
-        for name in ("slope", "offset", "height"):
-            # Without f nothing could reach its parameters, so they are not there.
-            self.register_parameter(name, nn.Parameter(torch.empty(hidden)) if epsilon else None)
+        self.line = nn.ParameterDict({name: torch.empty(hidden) for name in LINE} if epsilon else {})
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """tau = init_tau, and f = 0 with its knots spread evenly over the usual range of scores."""
         self.theta.fill_(math.atanh(math.log2(self.init_tau)))
-        if self.slope is not None:
-            self.slope.copy_(torch.empty_like(self.slope).uniform_(-1, 1).sign())
-            self.offset.uniform_(-3, 3)
-            self.height.zero_()
+        if self.line:
+            self.line["slope"].uniform_(-1, 1).sign_()
+            self.line["offset"].uniform_(-3, 3)
+            self.line["height"].zero_()
 
     def forward(
         self,
-        x: Tensor,
+        x: Float[Tensor, "batch seq d_model"],
         *,
         causal: bool = True,
-        mask: Tensor | None = None,
-        positions: Tensor | None = None,
-        memory: Tensor | None = None,
+        mask: Bool[Tensor, "batch kv"] | None = None,
+        positions: Int[Tensor, "#batch seq"] | None = None,
+        memory: Float[Tensor, "batch kv d_model"] | None = None,
         cache: LayerCache | None = None,
-    ) -> Tensor:
+    ) -> Float[Tensor, "batch seq d_model"]:
         """Attend; see `apt.layers.AttentionLayer`."""
         q, k, v = self.split(x, memory, self.qkv.weight)
         mixed = self.mix(q, k, v, causal=causal, mask=mask, positions=positions, cross=memory is not None, cache=cache)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        return nn.functional.linear(mixed.transpose(1, 2).flatten(2), self.out.weight)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None) -> Tensor:
+    def attend(
+        self,
+        q: Float[Tensor, "batch heads seq width"],
+        k: Float[Tensor, "batch kv_heads kv width"],
+        v: Float[Tensor, "batch kv_heads kv width"],
+        *,
+        causal: bool,
+        mask: Bool[Tensor, "batch kv"] | None,
+    ) -> Float[Tensor, "batch heads seq width"]:
         """Mix the values block by block of queries; keys that no query of a block may see are left out."""
         seq, kv = q.shape[2], k.shape[2]
         blocks = []
@@ -90,27 +100,28 @@ class AutopoieticAttention(Heads):
         return torch.cat(blocks, 2) if len(blocks) > 1 else blocks[0]
 
     def _block(self, q: Tensor, k: Tensor, v: Tensor, unseen: Tensor, padded: bool) -> Tensor:
-        queries = q.shape[2]
+        (batch, heads, queries, width), kv_heads = q.shape, k.shape[1]
         # A group of query heads shares one key head: their queries are stacked, and no key is copied.
-        grouped = (q * self.shape.scale).unflatten(1, (k.shape[1], -1)).flatten(2, 3)
-        scores = (grouped @ k.transpose(-2, -1)).unflatten(2, (-1, queries)).flatten(1, 2)
+        grouped = (q * self.shape.scale).reshape(batch, kv_heads, -1, width)
+        scores = (grouped @ k.transpose(-2, -1)).view(batch, heads, queries, -1)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         weights = self.adjust(scores, unseen).softmax(-1)
         if padded:
             # A row that sees nothing (left padding) gets 0, not the mean of what it must not see.
             weights = weights.masked_fill(unseen, 0.0)
         weights = nn.functional.dropout(weights.to(v.dtype), self.dropout, self.training)
-        grouped = weights.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
-        return (grouped @ v).unflatten(2, (-1, queries)).flatten(1, 2)
+        return (weights.view(batch, kv_heads, -1, k.shape[2]) @ v).view(batch, heads, queries, width)
 
-    def adjust(self, scores: Tensor, unseen: Tensor) -> Tensor:
-        """Z of S [batch, H, q, kv], in float32 or wider; what is `unseen` gets the lowest number."""
+    def adjust(
+        self, scores: Float[Tensor, "batch heads seq kv"], unseen: Bool[Tensor, "#batch 1 seq kv"]
+    ) -> Float[Tensor, "batch heads seq kv"]:
+        """Z of S, in float32 or wider; what is `unseen` gets the lowest number."""
         adjusted = scores
         mean = scores.mean(1, keepdim=True) if self.alpha or self.beta else None
         if self.alpha and mean is not None:
             adjusted = torch.lerp(adjusted, mean, self.alpha)
-        if self.slope is not None:
-            bend = broken_line(scores, *(p.to(scores.dtype) for p in (self.slope, self.offset, self.height)))
+        if self.line:
+            bend = broken_line(scores, *(self.line[name].to(scores.dtype) for name in LINE))
             adjusted = torch.add(adjusted, bend, alpha=self.epsilon)
         coolness = torch.exp2(-self.theta.to(scores.dtype).tanh())
         if self.beta and mean is not None:

@@ -8,6 +8,7 @@ waits for the device.
 from __future__ import annotations
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from apt_attention_tva.functional import lost_energy, orthonormal
@@ -39,10 +40,12 @@ class Compensator(nn.Module):
         self.write.zero_()
         self.gate.reset_parameters()
 
-    def forward(self, h: Tensor, mask: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """The correction of `h` [batch, seq, D], the loss, and the share of tokens that were corrected.
+    def forward(
+        self, h: Float[Tensor, "batch seq d_model"], mask: Bool[Tensor, "batch seq"] | None = None
+    ) -> tuple[Float[Tensor, "batch seq d_model"], dict[str, Tensor], dict[str, Tensor]]:
+        """The correction of `h`, the loss, and the share of tokens that were corrected.
 
-        `mask` [batch, seq] is True for the tokens that count in loss and share.
+        `mask` is True for the tokens that count in loss and share.
         """
         lost = lost_energy(h.detach(), self.down)
         over = lost.detach() > self.tau

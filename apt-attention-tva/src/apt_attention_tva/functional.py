@@ -1,40 +1,46 @@
 """The stateless mathematics of both attentions.
 
-Symbols: D d_model, H heads, d = D / H head width, r rank, T sequence. A projector is a pair: `down` P [n, r, d] and `up`
-U [n, d, r], where n is 1 (one pair for all heads) or the number of key-value heads.
+Symbols: D d_model, H heads, d = D / H head width, r rank. A projector is a pair: `down` P [n, r, d] and `up` U
+[n, d, r], where n is 1 (one pair for all heads) or the number of heads.
 """
 
 from __future__ import annotations
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
-def orthonormal(count: int, rank: int, width: int) -> Tensor:
+def orthonormal(count: int, rank: int, width: int) -> Float[Tensor, "count rank width"]:
     """`count` random matrices [count, rank, width] with orthonormal rows, drawn from torch's generator."""
     drawn = torch.empty(count, width, rank).normal_()
     basis, triangle = torch.linalg.qr(drawn)
     # The sign makes the draw uniform (Mezzadri 2007, arXiv:math-ph/0609050).
-    return (basis * triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)).transpose(-2, -1).contiguous()
+    uniform: Tensor = basis * triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    return uniform.transpose(-2, -1).contiguous()
 
 
-def compose_down(weight: Tensor, down: Tensor) -> Tensor:
-    """(I (x) P) W: `weight` [heads * d, D] and `down` [n, r, d], n being 1 or heads, give [heads * r, D]."""
-    heads = weight.unflatten(0, (-1, down.shape[-1]))
+def compose_down(
+    weight: Float[Tensor, "wide d_model"], down: Float[Tensor, "n rank d_head"]
+) -> Float[Tensor, "narrow d_model"]:
+    """(I (x) P) W: from `weight` [heads * d, D] to [heads * r, D]; n is 1 or heads."""
+    heads = weight.view(-1, down.shape[-1], weight.shape[1])
     # bmm, because a broadcast product would copy the weight and keep the copy for the backward pass.
     return torch.bmm(down.expand(len(heads), -1, -1), heads).flatten(0, 1)
 
 
-def compose_up(weight: Tensor, up: Tensor) -> Tensor:
-    """W (I (x) U): `weight` [D, heads * d] and `up` [n, d, r], n being 1 or heads, give [D, heads * r]."""
-    heads = weight.unflatten(1, (-1, up.shape[-2])).transpose(0, 1)
+def compose_up(
+    weight: Float[Tensor, "d_model wide"], up: Float[Tensor, "n d_head rank"]
+) -> Float[Tensor, "d_model narrow"]:
+    """W (I (x) U): from `weight` [D, heads * d] to [D, heads * r]; n is 1 or heads."""
+    heads = weight.view(weight.shape[0], -1, up.shape[-2]).transpose(0, 1)
     return torch.bmm(heads, up.expand(len(heads), -1, -1)).transpose(0, 1).flatten(1)
 
 
-def lost_energy(h: Tensor, down: Tensor) -> Tensor:
-    """eps2 = ||h - P^T P h||^2 / ||h||^2, the share of a state's energy outside the subspace: [...] of `h` [..., D].
+def lost_energy(h: Float[Tensor, "*some d_model"], down: Float[Tensor, "rank d_model"]) -> Float[Tensor, "*some"]:
+    """eps2 = ||h - P^T P h||^2 / ||h||^2, the share of each state's energy outside the subspace of `down` P.
 
-    `down` P [R, D]. In [0, 1] for orthonormal rows. Its mean is least for the principal subspace of the states, with
+    In [0, 1] for orthonormal rows. Its mean is least for the principal subspace of the states, with
     orthonormal rows (the loss of a tied linear autoencoder; Baldi and Hornik 1989), so minimising it needs no
     constraint on P. A state of zero has lost nothing.
     """
@@ -43,33 +49,38 @@ def lost_energy(h: Tensor, down: Tensor) -> Tensor:
     return rest.square().sum(-1) / h.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def broken_line(x: Tensor, slope: Tensor, offset: Tensor, height: Tensor) -> Tensor:
+def broken_line(
+    x: Float[Tensor, "*some"],
+    slope: Float[Tensor, " hidden"],
+    offset: Float[Tensor, " hidden"],
+    height: Float[Tensor, " hidden"],
+) -> Float[Tensor, "*some"]:
     """f(x) = sum_k height_k relu(slope_k x + offset_k) for every element of `x`, without a hidden layer in memory.
 
-    A two-layer ReLU map from numbers to numbers is a broken line with a knot at -offset_k / slope_k. Between knots it is
-    a straight line, whose two coefficients are prefix sums over the sorted knots; so each element costs one binary
-    search and two look-ups, where the hidden layer would hold m numbers for each. The gradients are the same.
-    `slope`, `offset`, `height` are [m].
+    A two-layer ReLU map from numbers to numbers is a broken line with a knot at -offset_k / slope_k. Between knots it
+    is a straight line, whose two coefficients are prefix sums over the sorted knots; so each element costs one binary
+    search and two look-ups, where the hidden layer would hold `hidden` numbers for each. The gradients are the same.
     """
     with torch.no_grad():
         flat = torch.where(offset > 0, -torch.inf, torch.inf)  # a piece without slope is on everywhere or nowhere
         knots, order = torch.where(slope == 0, flat, -offset / slope).sort()
         rising = (slope >= 0)[order].to(height.dtype).unsqueeze(-1)
         passed = torch.bucketize(x, knots, out_int32=True)
-    lines = (torch.stack((slope, offset), -1) * height.unsqueeze(-1))[order]  # [m, 2]
+    lines = (torch.stack((slope, offset), -1) * height.unsqueeze(-1))[order]  # [hidden, 2]
     # Left of all knots the falling pieces are on; each knot that is passed switches one off, or a rising one on.
     change = lines * (2 * rising - 1)
     first = (lines * (1 - rising)).sum(0, keepdim=True)
-    table = torch.cat((first, first + change.cumsum(0)))  # [m + 1, 2]
+    table = torch.cat((first, first + change.cumsum(0)))  # [hidden + 1, 2]
     piece = torch.nn.functional.embedding(passed, table)
     return piece[..., 0] * x + piece[..., 1]
 
 
-def row_entropy(scores: Tensor, unseen: Tensor) -> Tensor:
-    """The entropy of softmax over each row's visible keys, over the logarithm of their number: in [0, 1], [..., q, 1].
+def row_entropy(
+    scores: Float[Tensor, "*some seq kv"], unseen: Bool[Tensor, "*#some seq kv"]
+) -> Float[Tensor, "*some seq 1"]:
+    """The entropy of softmax over each row's visible keys, over the logarithm of their number: in [0, 1].
 
-    `scores` [..., q, kv]; `unseen` broadcasts to it, True for keys that are not visible. A row with one visible key, or
-    none, has entropy 0.
+    `unseen` is True for keys that are not visible. A row with one visible key, or none, has entropy 0.
     """
     count = unseen.logical_not().sum(-1, keepdim=True)
     # The lowest finite number, not -inf: a row without visible keys (padding) must not send NaN into the gradient.

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from apt.layers import LayerCache
@@ -38,46 +39,65 @@ class Heads(nn.Module):
         super().__init__()
         self.shape, self.dropout = shape, dropout
 
-    def split(self, x: Tensor, memory: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of `x`, keys and values of `memory` (or `x`), each [batch, heads, seq, any width], by one `weight`
-        [(H + 2 H_kv) * width, d_model]."""
+    def split(
+        self,
+        x: Float[Tensor, "batch seq d_model"],
+        memory: Float[Tensor, "batch kv d_model"] | None,
+        weight: Float[Tensor, "inward d_model"],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of `x`, keys and values of `memory` (or `x`), each [batch, heads, seq, width].
+
+        `weight` [(H + 2 H_kv) * width, d_model] projects to all of them; the width is its own.
+        """
         heads, kv_heads = self.shape.num_heads, self.shape.num_kv_heads
         width = weight.shape[0] // (heads + 2 * kv_heads)
         if memory is None:
-            inward = nn.functional.linear(x, weight).split((heads * width, kv_heads * width, kv_heads * width), -1)
+            sizes = [heads * width, kv_heads * width, kv_heads * width]
+            q, k, v = torch.split(nn.functional.linear(x, weight), sizes, -1)
         else:
-            queries, others = weight.split((heads * width, 2 * kv_heads * width))
-            inward = (nn.functional.linear(x, queries), *nn.functional.linear(memory, others).chunk(2, -1))
-        q, k, v = (projected.unflatten(-1, (-1, width)).transpose(1, 2) for projected in inward)
-        return q, k, v
+            queries, others = torch.split(weight, [heads * width, 2 * kv_heads * width])
+            q = nn.functional.linear(x, queries)
+            k, v = nn.functional.linear(memory, others).chunk(2, -1)
+        return _in_heads(q, width), _in_heads(k, width), _in_heads(v, width)
 
     def mix(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        q: Float[Tensor, "batch heads seq width"],
+        k: Float[Tensor, "batch kv_heads kv width"],
+        v: Float[Tensor, "batch kv_heads kv width"],
         *,
         causal: bool,
-        mask: Tensor | None,
-        positions: Tensor | None,
+        mask: Bool[Tensor, "batch all"] | None,
+        positions: Int[Tensor, "#batch seq"] | None,
         cross: bool,
         cache: LayerCache | None,
-    ) -> Tensor:
-        """Values mixed by the scores of `q` [batch, H, seq, width] and `k`, `v` [batch, H_kv, kv, width]: like `q`."""
+    ) -> Float[Tensor, "batch heads seq width"]:
+        """Values mixed by scores, after turning and after what the cache holds.
+
+        Raises `ValueError` for a cache that is not this layer's, or where the layer attends across.
+        """
+        if cache is not None and (cross or not isinstance(cache, KVCache)):
+            raise ValueError("this layer takes its own cache, and none where it attends across")
         if cross:
-            if cache is not None:
-                raise ValueError("cross-attention takes no cache: its keys are those of `memory`")
             return self.attend(q, k, v, causal=False, mask=mask)
         if self.shape.rope_theta is not None:
             if positions is None:
                 start = 0 if cache is None else cache.length
                 positions = torch.arange(start, start + q.shape[2], device=q.device).unsqueeze(0)
             q, k = rotate(q, positions, self.shape.rope_theta), rotate(k, positions, self.shape.rope_theta)
-        if cache is not None:
+        if isinstance(cache, KVCache):
             k, v = cache.append(k, v)
         return self.attend(q, k, v, causal=causal, mask=mask)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None) -> Tensor:
+    def attend(
+        self,
+        q: Float[Tensor, "batch heads seq width"],
+        k: Float[Tensor, "batch kv_heads kv width"],
+        v: Float[Tensor, "batch kv_heads kv width"],
+        *,
+        causal: bool,
+        mask: Bool[Tensor, "batch kv"] | None,
+    ) -> Float[Tensor, "batch heads seq width"]:
         """Softmax attention in PyTorch's fused kernel."""
         dropout = self.dropout if self.training else 0.0
         return attend(q, k, v, causal=causal, mask=mask, dropout=dropout, scale=self.shape.scale)
@@ -85,3 +105,8 @@ class Heads(nn.Module):
     def create_cache(self, batch: int, max_seq_len: int, dtype: torch.dtype, device: torch.device) -> KVCache:
         """An empty cache of 2 H_kv width numbers a token."""
         return KVCache(batch, self.shape.num_kv_heads, max_seq_len, self.shape.width, dtype, device)
+
+
+def _in_heads(x: Tensor, width: int) -> Tensor:
+    """[batch, seq, heads * width] to [batch, heads, seq, width]."""
+    return x.view(*x.shape[:2], -1, width).transpose(1, 2)

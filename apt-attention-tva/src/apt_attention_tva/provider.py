@@ -147,7 +147,9 @@ class TVA(_Heads):
 
 class Autopoietic(_Heads):
     """Attention whose scores are mixed over heads (alpha), bent by a small learned map (epsilon, sr_ratio), and divided
-    by a learned temperature (init_tau) that follows each row's entropy (beta). At 0, 0, 0 and 1 it is ordinary attention.
+    by a learned temperature (init_tau) that follows each row's entropy (beta).
+
+    With epsilon, alpha and beta 0 and init_tau 1 it starts as ordinary attention.
     """
 
     epsilon: float = Field(default=0.08, ge=0, le=1, description="weight of the learned map of scores")
@@ -159,7 +161,7 @@ class Autopoietic(_Heads):
     init_tau: float = Field(default=1.3, gt=0.5, lt=2, description="the temperature that training starts with")
 
     def get_head_width(self, d_model: int, num_heads: int) -> int:
-        """d = d_model / num_heads, even where positions turn. Raises `apt.errors.OptionsError` where it does not fit."""
+        """d = d_model / num_heads, even where positions turn. Raises `apt.errors.OptionsError` where it is not."""
         width = super().get_head_width(d_model, num_heads)
         if width % 2 and self.rope_theta is not None:
             what = f"rotary positions turn pairs, and heads of width {width} are odd"
@@ -208,7 +210,7 @@ class Autopoietic(_Heads):
             heads = num_heads + 2 * kv_heads + (num_heads + kv_heads if turns else 0)
             return 4 * (numbers + tokens * heads * width) + visited_scores(seq_len)
         stages = num_heads * (6 if self.epsilon else 2) + (3 if self.beta else 0)
-        # Several key-value heads are copied for the product; a single one is a view that holds on to all that is projected.
+        # Several key-value heads are copied for the product; a single one is a view of all that is projected.
         heads = num_heads + (2 * kv_heads if kv_heads > 1 else num_heads + 2 + turns)
         return 4 * (numbers + tokens * heads * width + tokens * seq_len * stages) + seq_len**2
 

@@ -8,6 +8,7 @@ for all by `fold`. Keys and values are only ever r wide, in memory and in the ca
 from __future__ import annotations
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from apt.layers import LayerCache, Part
@@ -51,14 +52,14 @@ class NarrowAttention(VeinHeads):
 
     def forward(
         self,
-        x: Tensor,
+        x: Float[Tensor, "batch seq d_model"],
         *,
         causal: bool = True,
-        mask: Tensor | None = None,
-        positions: Tensor | None = None,
-        memory: Tensor | None = None,
+        mask: Bool[Tensor, "batch kv"] | None = None,
+        positions: Int[Tensor, "#batch seq"] | None = None,
+        memory: Float[Tensor, "batch kv d_model"] | None = None,
         cache: LayerCache | None = None,
-    ) -> Tensor | Part:
+    ) -> Float[Tensor, "batch seq d_model"] | Part:
         """Attend; see `apt.layers.AttentionLayer`."""
         q, k, v = self.split(x, memory, self.inward)
         mixed = self.mix(q, k, v, causal=causal, mask=mask, positions=positions, cross=memory is not None, cache=cache)
@@ -98,14 +99,14 @@ class TriVeinAttention(VeinHeads):
 
     def forward(
         self,
-        x: Tensor,
+        x: Float[Tensor, "batch seq d_model"],
         *,
         causal: bool = True,
-        mask: Tensor | None = None,
-        positions: Tensor | None = None,
-        memory: Tensor | None = None,
+        mask: Bool[Tensor, "batch kv"] | None = None,
+        positions: Int[Tensor, "#batch seq"] | None = None,
+        memory: Float[Tensor, "batch kv d_model"] | None = None,
         cache: LayerCache | None = None,
-    ) -> Tensor | Part:
+    ) -> Float[Tensor, "batch seq d_model"] | Part:
         """Attend; see `apt.layers.AttentionLayer`."""
         composed = self._composes(x, memory)
         if composed:

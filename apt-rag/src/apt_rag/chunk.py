@@ -1,4 +1,4 @@
-"""Cutting documents into passages: at paragraphs, lines or words, with some overlap, each knowing where it came from."""
+"""Cutting documents into passages: at paragraphs, lines or words, with overlap, each knowing where it came from."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Passage:
 
 
 def cut(document: Document, chunk_chars: int, overlap: int) -> list[Passage]:
-    """Passages of at most `chunk_chars` characters; one begins at most `overlap` characters before its predecessor's end.
+    """Passages of at most `chunk_chars` characters; each begins at most `overlap` characters before the last one's end.
 
     A passage ends at the last paragraph, line or word that ends in its second half, in this order of preference, and
     begins at a line or a word where the overlap holds one. Every character that is not white space is in a passage.

@@ -1,8 +1,8 @@
-"""Text as vectors without a model: hashed counts of word and character n-grams (Weinberger et al. 2009, arXiv:0902.2206).
+"""Text as vectors without a model: hashed counts of word and character n-grams.
 
-A feature's hash says at which index it counts and with which sign, so that collisions cancel in the mean. The hash is
-CRC-32 of the feature's bytes, the same in every process and on every machine. Words find what a text says; character
-n-grams find `copyfile` for "copy a file" and forgive endings.
+A feature's hash says at which index it counts and with which sign, so that collisions cancel in the mean (Weinberger et
+al. 2009, arXiv:0902.2206). The hash is CRC-32 of the feature's bytes, the same in every process and on every machine.
+Words find what a text says; character n-grams find `copyfile` for "copy a file" and forgive endings.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ SIGN = 1 << 31
 
 @dataclass(frozen=True)
 class HashedNgrams:
-    """Counts n-grams of up to `words` words, and of `characters` (shortest, longest) inside a word, in `features` cells.
+    """Counts n-grams of up to `words` words, and of `characters` (shortest, longest) inside a word.
 
-    `features` is a power of two.
+    The counts stand in `features` cells, a power of two.
     """
 
     features: int = 2**15
@@ -67,7 +67,10 @@ def _hash(feature: str) -> int:
 
 @lru_cache(maxsize=2**17)
 def _of_word(word: str, characters: tuple[int, int] | None) -> NDArray[np.uint32]:
-    """Hashes of a word and of the n-grams of characters in it; `<` and `>` mark its ends and keep them apart from words."""
+    """Hashes of a word and of the n-grams of characters in it, `<` and `>` marking its ends.
+
+    A `#` keeps n-grams of characters apart from words.
+    """
     features = [word]
     if characters is not None:
         marked = f"<{word}>"

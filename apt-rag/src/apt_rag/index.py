@@ -73,9 +73,8 @@ class Index:
         spans = [slice(weights.starts[cell], weights.starts[cell + 1]) for cell in cells]
         rows = [weights.rows[span] for span in spans]
         products = [weights.values[span] * value for span, value in zip(spans, values, strict=True)]
-        scores = np.zeros(len(self))
-        if rows:
-            scores = np.bincount(np.concatenate(rows), np.concatenate(products), minlength=len(self))
+        every = np.concatenate([np.empty(0, np.int64), *rows])
+        scores = np.bincount(every, np.concatenate([np.empty(0), *products]), minlength=len(self))
         best = np.argsort(-scores, kind="stable")[:top_k]
         return [(self.passages[row], float(np.clip(scores[row], -1.0, 1.0))) for row in best]
 
@@ -145,7 +144,9 @@ class Index:
         except FileNotFoundError as error:
             raise DataError(f"{folder}: no index here; build_index and save make one") from error
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{folder / 'index.json'}: damaged or of another kind ({error}); build the index again") from error
+            raise DataError(
+                f"{folder / 'index.json'}: damaged or of another kind ({error}); build the index again"
+            ) from error
         if made_by != embedder.digest:
             raise DataError(
                 f"{folder}: made by another embedder ({about['embedder']}) than the one in use ({asdict(embedder)}); "

@@ -25,7 +25,10 @@ class RAGPlugin(Plugin):
     folder: Path | None = Field(default=None, description="the folder of texts that passages come from")
     top_k: int = Field(default=3, ge=1, description="passages a prompt, at most")
     max_chars: int = Field(default=2000, ge=1, description="characters that passages may take, sources included")
-    retriever: Slot[RetrievalProvider] = Field(default="cosine", description="what finds the passages")
+    retriever: Slot[RetrievalProvider] = Field(
+        default="cosine",  # type: ignore[assignment]  # the slot turns a name into a provider
+        description="what finds the passages",
+    )
 
     _made: object = PrivateAttr(default=None)
 
@@ -52,7 +55,7 @@ class RAGPlugin(Plugin):
 
 
 def fit(passages: list[Document], max_chars: int) -> list[Document]:
-    """As many of `passages`, best first, as `max_chars` hold; the last is cut at a word, or left out if little remains."""
+    """As many of `passages`, best first, as `max_chars` hold; the last is cut at a word, or left out."""
     fitting: list[Document] = []
     room = max_chars
     for passage in passages:

@@ -28,7 +28,8 @@ def _power_of_two(value: int) -> int:
 class Cosine(RetrievalProvider):
     """Exact cosine search over passages of text, embedded by hashed word and character n-grams with tf-idf weights.
 
-    It needs no model and no download, and finds what shares words or parts of words with the query; it knows no synonyms.
+    It needs no model and no download. It finds what shares words, or parts of words, with the query; it knows no
+    synonyms.
     """
 
     top_k: int = Field(default=5, ge=1, description="passages a query")
@@ -87,8 +88,8 @@ class Cosine(RetrievalProvider):
 
         if embedding_model is not None:
             raise UserError(
-                f"retrieval.{self.get_name()}: embedding_model: this retriever embeds by hashed n-grams and takes no model; "
-                "leave it out, or name a retrieval provider that has one"
+                f"retrieval.{self.get_name()}: embedding_model: this retriever embeds by hashed n-grams and takes "
+                "no model; leave it out, or name a retrieval provider that has one"
             )
         index = Index(self.embedder)
         for document in corpus:
@@ -141,7 +142,9 @@ class Cosine(RetrievalProvider):
                 "retriever does not have; 'weighted_sum' or 'concat'"
             )
         if self._retriever is None:
-            raise UserError(f"retrieval.{self.get_name()}: fuse_context: create_retriever comes first, it makes the weights")
+            raise UserError(
+                f"retrieval.{self.get_name()}: fuse_context: create_retriever comes first, it makes the weights"
+            )
         rows = [self.encode_document([document.text for document in row]) for row in retrieved_docs]
         if scores.shape[-1] == 0:
             return hidden_states

@@ -23,6 +23,7 @@ class Retriever(nn.Module):
         return [self.index.search(query, wanted) for query in queries]
 
     def extra_repr(self) -> str:
+        """Shown by ``print``."""
         return f"passages={len(self.index)}, top_k={self.top_k}"
 
     def fuse(self, hidden: Tensor, vectors: Tensor, scores: Tensor, method: str) -> Tensor:
