@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
@@ -140,28 +139,6 @@ def test_what_is_optional_and_missing_is_a_warning_not_a_fault(site, monkeypatch
     assert found["data.extra"].level == found["data.needy"].level == "warning"
     assert "pip install no-such-thing" in found["data.needy"].what
     assert found["data.must"].level == "ok"
-
-
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "import apt",
-        "from apt.core import registry, Provider, APTConfig, Schedule; registry.list_providers()",
-        "from apt.core import APTConfig, resolve_config; resolve_config(APTConfig(attention_name='sdpa'))",
-        "from apt.core.registry import registry; [registry.load(r.kind, r.name) for r in registry.records()"
-        " if r.distribution == 'apt-core']",
-    ],
-)
-def test_the_kernel_works_without_pytorch(statement):
-    code = f"import sys; sys.modules['torch'] = None; {statement}"
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-def test_importing_apt_imports_nothing_else():
-    code = "import sys; before = set(sys.modules); import apt; print(*sorted(set(sys.modules) - before))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert [name for name in done.stdout.split() if not name.startswith("__")] == ["apt"]
 
 
 def test_a_fresh_registry_of_what_is_installed_is_one_line():

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from apt.core.options import canonical, explain
+from apt.core.options import canonical, explain, mistyped
 
 
 class Inner(BaseModel):
@@ -58,3 +58,43 @@ def test_the_canonical_form_does_not_know_the_order_of_keys(options):
 
 def test_the_canonical_form_tells_values_apart():
     assert len({canonical({"a": value}) for value in (1, "1", 1.5, True, None, [1], {"b": 1})}) == 7
+
+
+class Types(BaseModel):
+    count: int = 1
+    share: float | None = None
+    rank: Annotated[int, Field(ge=1)] = 1
+    fast: bool = False
+    mode: int | Literal["auto"] = "auto"
+    text: str = ""
+    pair: tuple[float, float] = (0.0, 0.0)
+    tri: bool | int = 0
+    names: list[str] = []
+    bare: list = []
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        ({"count": True}, "a number"),
+        ({"share": False}, "a number"),
+        ({"rank": "4"}, "a number"),
+        ({"mode": True}, "a number"),
+        ({"fast": 1}, "true or false"),
+        ({"fast": "yes"}, "true or false"),
+    ],
+)
+def test_no_value_becomes_another_type_in_silence(options, hint):
+    (fault,) = mistyped(Types, options)
+    assert (fault.where, fault.hint) == (next(iter(options)), f"input should be {hint}")
+
+
+def test_a_wrong_type_inside_a_list_is_found():
+    assert [fault.where for fault in mistyped(Types, {"pair": [0.9, True]})] == ["pair.1"]
+
+
+def test_what_is_of_its_type_passes():
+    right = {"count": 2, "share": 1, "rank": 3, "fast": True, "mode": "auto", "text": "4", "pair": [1, 2], "tri": True}
+    right |= {"names": ["4"], "bare": ["4", True]}
+    assert mistyped(Types, right) == []
+    assert mistyped(Types, {"share": None, "mode": 3, "unknown": 1, "count": 2.0}) == []

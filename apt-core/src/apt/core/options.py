@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from types import UnionType
+from typing import Annotated, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -14,6 +16,9 @@ from apt.errors import Fault, OptionsError, nearest
 
 PROVIDER_FAULT = "provider"
 """The type of the pydantic error that stands for a nested provider which cannot be had."""
+
+
+_PLAIN: frozenset[object] = frozenset({int, float, bool, type(None)})
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> list[Fault]:
@@ -29,6 +34,43 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[Fault]:
         else:
             faults.append(_fault(where, detail, model))
     return faults
+
+
+def mistyped(model: type[BaseModel], options: Mapping[str, object]) -> list[Fault]:
+    """What pydantic would quietly turn into another type: true into 1, "4" into 4, 1 into true."""
+    faults: list[Fault] = []
+    for name, field in model.model_fields.items():
+        if name in options:
+            faults += _mistyped(name, set(_leaves(field.annotation)), options[name])
+    return faults
+
+
+def _mistyped(where: str, leaves: set[object], value: object) -> list[Fault]:
+    if isinstance(value, list | tuple):
+        inner = {each for leaf in leaves for argument in get_args(leaf) for each in _leaves(argument)}
+        return [fault for i, each in enumerate(value) if inner for fault in _mistyped(f"{where}.{i}", inner, each)]
+    if isinstance(value, bool):
+        wrong, wanted = bool not in leaves and bool(leaves & {int, float}), "a number"
+    elif isinstance(value, str):
+        wrong, wanted = leaves <= _PLAIN, "true or false" if bool in leaves else "a number"
+    else:
+        wrong, wanted = isinstance(value, int | float) and leaves <= _PLAIN - {int, float}, "true or false"
+    return [Fault(where, f"{reprlib.repr(value)} is not allowed", f"input should be {wanted}")] if wrong else []
+
+
+def _leaves(annotation: object) -> Iterator[object]:
+    """The members of a union, metadata taken off."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        yield from _leaves(get_args(annotation)[0])
+    elif origin in (Union, UnionType):
+        for member in get_args(annotation):
+            yield from _leaves(member)
+    elif origin is Literal:
+        yield from (type(value) for value in get_args(annotation))
+        yield annotation
+    else:
+        yield annotation
 
 
 def relative(error: OptionsError) -> list[Fault]:

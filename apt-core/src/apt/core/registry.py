@@ -25,7 +25,7 @@ from apt.core.discovery import Discovery, ProviderRecord, discover
 from apt.core.exclusions import Used, check_form, find_conflicts
 from apt.core.loading import check_class, check_dependencies, load_object, registered
 from apt.core.local import LocalCode, is_local, read_local, run_local
-from apt.core.options import PROVIDER_FAULT, below, canonical, explain
+from apt.core.options import PROVIDER_FAULT, below, canonical, explain, mistyped
 from apt.core.provider import Provider
 from apt.core.providers import INTERFACES
 from apt.core.resolution import Resolution, read_choice, record_of
@@ -303,16 +303,18 @@ class Registry:
     def _make(self, kind: str, name: str, options: Mapping[str, object]) -> Provider:
         record, found = self._load(kind, name)
         check_dependencies(record, found)
+        faults = {fault.where: fault for fault in mistyped(found, options)}
         try:
             provider = found.model_validate(dict(options), context={"registry": self})
         except ValidationError as error:
-            faults = [below(f"{kind}.{name}", fault) for fault in explain(error, found)]
-            raise OptionsError(kind, name, faults) from error
+            faults |= {fault.where: fault for fault in explain(error, found)}
         except AptError:
             raise
         except Exception as error:
             message = f"{record}: checking its options failed: {type(error).__name__}: {error}"
             raise ProviderBrokenError(kind, name, message) from error
+        if faults:
+            raise OptionsError(kind, name, [below(f"{kind}.{name}", fault) for fault in faults.values()])
         provider._record = record
         return provider
 
