@@ -1,0 +1,46 @@
+"""Drawing the next token: temperature, top-k, top-p."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from apt.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """`temperature` divides the logits, 0 takes the likeliest token; `top_k` and `top_p` cut the tail off first.
+
+    top-p: Holtzman et al. 2020, arXiv:1904.09751. Raises `UserError` for a value out of its range.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature: {self.temperature} is not allowed; 0 or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k: {self.top_k} is not allowed; 1 or more")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p: {self.top_p} is not allowed; more than 0, up to 1")
+
+    def draw(self, logits: Float[Tensor, "batch vocab"], generator: torch.Generator) -> Int[Tensor, "batch 1"]:
+        """One token for each row."""
+        if self.temperature == 0:
+            return logits.argmax(-1, keepdim=True)
+        logits = logits.float() / self.temperature
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            least = logits.topk(self.top_k, dim=-1).values[:, -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        if self.top_p is not None:
+            ordered, order = logits.softmax(-1).sort(dim=-1, descending=True)
+            # A token is cut where those before it hold the share already; the likeliest always stays.
+            cut = ordered.cumsum(-1) - ordered >= self.top_p
+            logits = logits.masked_fill(cut.scatter(-1, order, cut), -torch.inf)
+        return torch.multinomial(logits.softmax(-1), 1, generator=generator)
