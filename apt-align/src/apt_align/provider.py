@@ -75,6 +75,14 @@ class BiState(AlignProvider):
         beta = self.beta if beta is None else beta
         return Aligner(self, d_model, alpha, 0.0 if self.state == "ema" else beta)
 
+    def get_parameter_count(self, d_model: int) -> int:
+        """The map from the earlier layer, which the other states do without."""
+        return d_model * (d_model + 1) if self.state == "layer" else 0
+
+    def get_step_cost(self) -> float:
+        """A second pass with its backward, a forward alone (a third of a step), or next to nothing."""
+        return {"dropout": 2.0, "ema": 4 / 3, "layer": 1.0}[self.state]
+
     def compute_alignment(
         self, aligner: nn.Module, state_1: Tensor, state_2: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

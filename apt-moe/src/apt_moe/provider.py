@@ -77,6 +77,11 @@ class MoE(FFNProvider):
             d_model, self.experts
         )
 
+    def get_active_parameter_count(self, d_model: int, d_ff: int) -> int:
+        """The k experts of a token, and the router; the dense layer rests once the experts are on."""
+        experts = self.router.top_k * self.expert.get_parameter_count(d_model, d_ff)
+        return experts + self.router.get_parameter_count(d_model, self.experts)
+
     def get_flops_estimate(self, seq_len: int, d_model: int, d_ff: int) -> int:
         """The router and k experts a token; nothing is assumed to be dropped."""
         experts = self.expert.get_flops_estimate(seq_len * self.router.top_k, d_model, d_ff)

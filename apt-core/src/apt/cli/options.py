@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,3 +43,9 @@ def read_profile(arguments: argparse.Namespace) -> Profile:
         plugins=arguments.plugins,
         allow_local_code=arguments.allow_local_code,
     )
+
+
+def print_notes(profile: Profile) -> None:
+    """One line for each old key that was translated."""
+    for note in profile.notes:
+        print(f"deprecated: {note}", file=sys.stderr)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from abc import ABC
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, PrivateAttr, ValidationInfo
 from pydantic.json_schema import JsonSchemaValue
@@ -21,6 +21,8 @@ from pydantic_core import CoreSchema, core_schema
 if TYPE_CHECKING:
     from apt.core.registry import ProviderRecord
 
+SLOT_KEY = "x-provider-kind"
+"""What stands for a nested provider in a provider's own JSON Schema; `apt.core.schema` knows what is installed."""
 API_LEVEL = 1
 """Raised when an interface that providers implement changes; a provider built for another level is refused."""
 
@@ -113,7 +115,11 @@ class _SlotMarker:
         )
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return {"$ref": f"#/$defs/{schema['metadata']['slot']}"}
+        # A field's own validators stand around the slot.
+        inner: Mapping[str, Any] = schema
+        while "slot" not in inner.get("metadata", {}):
+            inner = inner["schema"]
+        return {SLOT_KEY: inner["metadata"]["slot"]}
 
 
 P = TypeVar("P", bound=Provider)

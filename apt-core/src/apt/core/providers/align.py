@@ -40,6 +40,14 @@ class AlignProvider(Provider):
     ) -> Tensor:
         """The distance of two states [batch, seq, features], a mean over unpadded tokens; 0 for equal states."""
 
+    def get_parameter_count(self, d_model: int) -> int:
+        """Trainable parameters of one aligner, exactly."""
+        return 0
+
+    def get_step_cost(self) -> float:
+        """What a training step with it on costs, in steps without it: 2.0 where forward and backward are doubled."""
+        return 1.0
+
     def get_interpolation_weight(self, epoch: int, max_epochs: int, warmup: int = 5) -> float:
         """0 before `warmup`, then linear to 1 at `max_epochs`."""
         if epoch < warmup:

@@ -25,6 +25,10 @@ class FFNProvider(Provider):
     def get_parameter_count(self, d_model: int, d_ff: int) -> int:
         """Trainable parameters of one layer, exactly (all experts, and what is inert, counted)."""
 
+    def get_active_parameter_count(self, d_model: int, d_ff: int) -> int:
+        """Parameters that one token meets when everything is switched on; fewer than all in a mixture of experts."""
+        return self.get_parameter_count(d_model, d_ff)
+
     @abstractmethod
     def get_flops_estimate(self, seq_len: int, d_model: int, d_ff: int) -> int:
         """Floating-point operations of one forward pass over one sequence when everything is switched on."""

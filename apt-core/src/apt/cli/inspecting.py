@@ -1,0 +1,289 @@
+"""Commands that look and change nothing: providers, check, doctor. None of them loads PyTorch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from apt.cli.options import add_profile_options, print_notes, read_profile
+from apt.cli.show import count, print_table, size
+
+if TYPE_CHECKING:
+    from apt.cli.running import Commands
+    from apt.core.discovery import ProviderRecord
+    from apt.core.profile import Profile
+    from apt.core.provider import Provider
+    from apt.core.schedules import Piecewise, Ramp
+
+
+def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
+    """Add the commands of this module."""
+    providers = commands.add_parser(
+        "providers",
+        help="list what is installed; `providers show KIND.NAME` tells one provider's options",
+        description="List providers, or show one: apt-core providers | providers KIND | providers show KIND.NAME",
+    )
+    providers.add_argument("words", nargs="*", metavar="KIND | show KIND.NAME")
+    providers.add_argument(
+        "--check", action="store_true", help="import each provider in a process of its own, to find the broken ones"
+    )
+    providers.set_defaults(run=_providers)
+
+    check = commands.add_parser("check", help="validate a profile and tell what its model costs, before training")
+    add_profile_options(check, positional=True)
+    check.set_defaults(run=_check)
+
+    doctor = commands.add_parser("doctor", help="try everything that is installed, and name what is wrong")
+    doctor.add_argument(
+        "--time-limit", type=float, default=20.0, metavar="SECONDS", help="for each provider's import (default: 20)"
+    )
+    doctor.set_defaults(run=_doctor)
+
+
+def _providers(arguments: argparse.Namespace) -> int:
+    from apt.core.registry import registry
+    from apt.errors import UserError, nearest
+
+    words: list[str] = arguments.words
+    if words[:1] == ["show"]:
+        if len(words) != 2 or "." not in words[1]:
+            raise UserError("providers show: give one provider, such as: apt-core providers show attention.sdpa")
+        return _show(*words[1].split(".", 1))
+    if len(words) > 1:
+        raise UserError(f"providers: {' '.join(words)!r} is not a kind; give one kind, or: show KIND.NAME")
+    kind = words[0] if words else None
+    records = registry.records(kind)
+    if not records:
+        known = sorted({record.kind for record in registry.records()})
+        raise UserError(
+            " ".join(
+                filter(
+                    None,
+                    (
+                        f"no provider of kind {kind!r} is installed;",
+                        nearest(str(kind), known),
+                        f"kinds: {', '.join(known)}",
+                    ),
+                )
+            )
+        )
+    broken = _probe() if arguments.check else {}
+    claims: dict[str, int] = {}
+    for record in records:
+        claims[record.key] = claims.get(record.key, 0) + 1
+    print_table(
+        ("KIND", "NAME", "DISTRIBUTION", "VERSION", "DEFAULT", "STATE"),
+        (
+            (
+                record.kind,
+                record.name,
+                record.distribution,
+                record.version,
+                "default" if registry.get_default(record.kind) == record.name else "",
+                _state(record, claims[record.key], broken),
+            )
+            for record in records
+        ),
+    )
+    for fault in registry.faults():
+        print(f"warning: {fault}", file=sys.stderr)
+    if not arguments.check:
+        print("\nNothing was imported for this list; --check tries each import, `apt-core doctor` says all that it finds.")
+    return 0
+
+
+def _state(record: ProviderRecord, claims: int, broken: dict[str, str]) -> str:
+    """What is known of one claim, in words."""
+    from apt.core.registry import registry
+    from apt.core.requirements import check_record
+
+    if record.disabled:
+        return f"disabled: {record.disabled}"
+    if claims > 1:
+        return "broken: its name is claimed by more than one distribution"
+    if missing := check_record(record):
+        return f"broken: {'; '.join(map(str, missing))}"
+    if record.key in broken:
+        return f"broken: {broken[record.key]}"
+    return "loaded" if registry.get_info(record.kind, record.name)["loaded"] else "not loaded"
+
+
+def _probe() -> dict[str, str]:
+    """What is wrong with each provider that cannot be imported."""
+    from apt.core.doctor import diagnose
+
+    return {found.subject: found.what for found in diagnose().findings if found.level == "fault"}
+
+
+def _show(kind: str, name: str) -> int:
+    from apt.core.registry import registry
+
+    provider = registry.load(kind, name)
+    info = registry.get_info(kind, name)
+    print(f"{kind}.{name}  ({info['distribution']} {info['version']}, {info['entry_point']})\n")
+    print(_paragraph(provider.__doc__ or ""))
+    print("\noptions:")
+    rows = [
+        (f"  {option}", _type(schema), _default(provider, option), str(schema.get("description", "")))
+        for option, schema in provider.model_json_schema()["properties"].items()
+    ] if provider.model_fields else []
+    if rows:
+        print_table(("  OPTION", "TYPE", "DEFAULT", "WHAT"), rows)
+    else:
+        print("  none")
+    for title, value in (
+        ("scheduled values", ", ".join(provider.scheduled)),
+        ("switched by the plugin", provider.switched_by or ""),
+        ("excludes", ", ".join(info["excludes"])),  # type: ignore[arg-type]
+        ("capabilities", ", ".join(sorted(provider.capabilities))),
+        ("requires", ", ".join(provider.get_dependencies())),
+    ):
+        if value:
+            print(f"{title}: {value}")
+    return 0
+
+
+def _paragraph(text: str) -> str:
+    import inspect
+
+    return inspect.cleandoc(text)
+
+
+def _type(schema: dict[str, object]) -> str:
+    """A field's type in words, with its range."""
+    from apt.core.provider import SLOT_KEY
+
+    if "anyOf" in schema:
+        return " or ".join(_type(each) for each in schema["anyOf"])  # type: ignore[attr-defined]
+    if "enum" in schema:
+        return " | ".join(map(str, schema["enum"]))  # type: ignore[call-overload]
+    if "const" in schema:
+        return str(schema["const"])
+    if SLOT_KEY in schema:
+        return f"{schema[SLOT_KEY]} provider"
+    names = {"null": "none", "boolean": "true or false", "array": "list", "object": "mapping", "string": "text"}
+    kind = str(schema.get("type", "any"))
+    bounds = [
+        f"{sign} {schema[key]:g}"
+        for key, sign in (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<"))
+        if key in schema
+    ]
+    return " ".join((names.get(kind, kind), ", ".join(bounds))).rstrip()
+
+
+def _default(provider: type[Provider], option: str) -> str:
+    field = provider.model_fields[option]
+    if field.is_required():
+        return "must be given"
+    value = field.get_default(call_default_factory=True, validated_data={})
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from apt.core.estimate import estimate
+
+    profile = read_profile(arguments)
+    print_notes(profile)
+    config, resolved = profile.config, profile.resolved
+    assert resolved is not None
+    cost = estimate(config, resolved)
+    print(f"{arguments.profile}: good\n")
+    print(
+        f"{config.name}: {config.architecture}, {config.num_blocks} layers, d_model {config.d_model}, {config.num_heads} heads, "
+        f"d_ff {config.d_ff}, context {config.max_seq_len}, vocabulary {config.vocab_size}\n"
+    )
+    print_table(
+        ("PART", "PROVIDER", "LAYERS", "PARAMETERS", "ACTIVE", "FLOPS/TOKEN"),
+        [
+            *(
+                (part.part, part.provider, str(part.count), count(part.parameters), count(part.active), count(part.flops_per_token))
+                for part in cost.parts
+            ),
+            ("total", "", "", count(cost.parameters), count(cost.active_parameters), count(cost.flops_per_token)),
+        ],
+        right=("LAYERS", "PARAMETERS", "ACTIVE", "FLOPS/TOKEN"),
+    )
+    print("\nACTIVE is what one token meets; FLOPs are of a forward pass at full context, training takes three times as many.")
+    if "align" in resolved.providers:
+        print(f"align: a training step costs {cost.step_cost:.2g} times one without it.")
+    batch = config.training.batch_size
+    print(
+        f"\nmemory of training, batches of {batch} x {config.max_seq_len}: {size(cost.training_memory)} "
+        f"(weights {size(cost.weights)}, gradients {size(cost.gradients)}, optimizer {size(cost.optimizer)}, "
+        f"activations {size(cost.activations)})\nKV cache: {size(cost.cache_per_token)} a token\n"
+    )
+    _print_plan(profile)
+    _print_providers(profile)
+    return 0
+
+
+def _print_plan(profile: Profile) -> None:
+    """When each plugin is switched on, and where each scheduled value goes."""
+    from apt.core.schedules import Schedule
+
+    schedule = Schedule(profile.config)
+    for plugin in profile.config.plugins:
+        unit, start = schedule.switches.get(plugin, ("epoch", 0))
+        print(f"{plugin}: on from {unit} {start}" if start else f"{plugin}: on from the start")
+    for name, entry in schedule.params.items():
+        print(f"{name}: {_course(entry)}")
+    if profile.config.plugins or schedule.params:
+        print()
+
+
+def _course(entry: Ramp | Piecewise) -> str:
+    """A scheduled value's way, in words."""
+    from apt.core.schedules import Ramp
+
+    if isinstance(entry, Ramp):
+        rest = "".join(
+            f", {units} {entry.by}s of {name}"
+            for name, units in (("warmup", entry.warmup), ("cooldown", entry.cooldown))
+            if units
+        )
+        return f"{entry.start:g} -> {entry.end:g} by {entry.by}, {entry.type}{rest}"
+    pieces = (
+        f"{each.start:g} -> {each.end:g} until {entry.by} {'the last' if each.until is None else each.until}, {each.type}"
+        for each in entry.segments
+    )
+    return "; ".join(pieces)
+
+
+def _print_providers(profile: Profile) -> None:
+    assert profile.resolved is not None
+    print_table(
+        ("WHERE", "PROVIDER", "DISTRIBUTION", ""),
+        (
+            (
+                each.where,
+                f"{each.kind}.{each.used}",
+                f"{each.distribution} {each.version}",
+                f"asked for {each.asked}: {each.why}" if each.why else "",
+            )
+            for each in profile.resolved.resolutions
+        ),
+    )
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from apt.core.doctor import diagnose
+
+    print("trying each package in a process of its own ...", file=sys.stderr, flush=True)
+    diagnosis = diagnose(time_limit=arguments.time_limit)
+    print("\n".join(f"{name}: {value}" for name, value in diagnosis.environment.items()) + "\n")
+    colours = {"ok": "ok", "warning": "warning", "fault": "FAULT"}
+    print_table(
+        ("SUBJECT", "DISTRIBUTION", "", ""),
+        ((found.subject, found.distribution, colours[found.level], found.what) for found in diagnosis.findings),
+    )
+    faults = sum(found.level == "fault" for found in diagnosis.findings)
+    print("\neverything is in order" if diagnosis.healthy else f"\n{faults} faults; what they name cannot be used, the rest can")
+    for variable in ("APT_DISABLE_PLUGINS", "APT_ONLY_PLUGINS"):
+        if variable in os.environ:
+            print(f"{variable}={os.environ[variable]}")
+    return 0 if diagnosis.healthy else 1
+
+
+__all__ = ["add_commands"]

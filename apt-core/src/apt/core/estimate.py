@@ -1,0 +1,132 @@
+"""What a profile's model will cost, before it is built: parameters, arithmetic, memory, cache. No PyTorch is needed.
+
+The sums stand on what providers say of their own parts; the test kit holds each of them to within 10 % of what is measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from apt.core.config import APTConfig
+from apt.core.providers import AlignProvider, AttentionProvider, FFNProvider
+from apt.core.resolve import Resolved
+
+BYTES = 4
+"""Weights, gradients, moments and float32 activations are four bytes a number."""
+
+
+@dataclass(frozen=True)
+class PartCost:
+    """One kind of part, all layers of it together."""
+
+    part: str
+    provider: str
+    count: int
+    parameters: int
+    active: int
+    flops_per_token: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Numbers of one model, everything switched on. Memory is in bytes, for one process without sharding."""
+
+    parts: tuple[PartCost, ...]
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    cache_per_token: int
+    step_cost: float
+    """A training step with alignment on, in steps without it."""
+
+    @property
+    def parameters(self) -> int:
+        """All trainable parameters, what is inert and what rests included."""
+        return sum(part.parameters for part in self.parts)
+
+    @property
+    def active_parameters(self) -> int:
+        """Those that one token meets."""
+        return sum(part.active for part in self.parts)
+
+    @property
+    def flops_per_token(self) -> float:
+        """Forward, at full context; the causal half is not deducted. Training takes about three times as many."""
+        return sum(part.flops_per_token for part in self.parts)
+
+    @property
+    def training_memory(self) -> int:
+        """The peak of a training step, beside what PyTorch itself takes."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def estimate(config: APTConfig, resolved: Resolved) -> Estimate:
+    """The cost of a profile's model and of one training step with its batch size."""
+    attention, ffn = resolved.providers["attention"], resolved.providers["ffn"]
+    align = resolved.providers.get("align")
+    assert isinstance(attention, AttentionProvider)
+    assert isinstance(ffn, FFNProvider)
+    width, length, blocks = config.d_model, config.max_seq_len, config.num_blocks
+    norm = width * (2 if config.norm == "layernorm" else 1)
+    vocabulary = config.vocab_size * width
+    attention_size = blocks * attention.get_parameter_count(width, config.num_heads)
+    parts = [
+        PartCost("embedding", "", 1, vocabulary, width, 0.0),
+        PartCost(
+            "attention",
+            attention.get_name(),
+            blocks,
+            attention_size,
+            attention_size,
+            blocks * attention.get_flops_estimate(length, width, config.num_heads) / length,
+        ),
+        PartCost(
+            "ffn",
+            ffn.get_name(),
+            blocks,
+            blocks * ffn.get_parameter_count(width, config.d_ff),
+            blocks * ffn.get_active_parameter_count(width, config.d_ff),
+            blocks * ffn.get_flops_estimate(length, width, config.d_ff) / length,
+        ),
+        PartCost("norms", config.norm, 2 * blocks + 1, (2 * blocks + 1) * norm, (2 * blocks + 1) * norm, 0.0),
+        PartCost(
+            "head",
+            "tied to the embedding" if config.tie_embeddings else "",
+            1,
+            0 if config.tie_embeddings else vocabulary,
+            vocabulary,
+            2.0 * vocabulary,
+        ),
+    ]
+    if isinstance(align, AlignProvider):
+        size = align.get_parameter_count(width)
+        parts.append(PartCost("align", align.get_name(), 1, size, size, 2.0 * size))
+    parameters = sum(part.parameters for part in parts)
+    passes = align.get_step_cost() if isinstance(align, AlignProvider) else 1.0
+    kept_passes = 2 if passes >= 2 else 1
+    return Estimate(
+        parts=tuple(parts),
+        weights=BYTES * parameters,
+        gradients=BYTES * parameters,
+        optimizer=2 * BYTES * parameters,
+        activations=kept_passes * _activations(config, attention, ffn),
+        cache_per_token=BYTES * blocks * attention.get_cache_size(width, config.num_heads),
+        step_cost=passes,
+    )
+
+
+def _activations(config: APTConfig, attention: AttentionProvider, ffn: FFNProvider) -> int:
+    """Bytes that one training forward keeps for its backward pass, and the logits' gradient."""
+    batch, length, width = config.training.batch_size, config.max_seq_len, config.d_model
+    tokens = batch * length
+    norm = BYTES * tokens * (width + 2)  # its input, and each row's mean and deviation
+    dropped = tokens * width * (config.dropout > 0)  # a mask of a byte each
+    block = (
+        attention.get_memory_estimate(length, width, config.num_heads, batch)
+        + ffn.get_memory_estimate(length, width, config.d_ff, batch)
+        + 2 * (norm + dropped)
+    )
+    # log_softmax keeps one copy of the logits; its backward makes another.
+    head = norm + BYTES * tokens * width + 2 * BYTES * tokens * config.vocab_size
+    return config.num_blocks * block + head + dropped
