@@ -7,91 +7,18 @@ and what may stand in for it (`fallback[kind]`). How a YAML document becomes an 
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
+from apt.core.hardware import HardwareProfile
+from apt.core.sections import Choice, Data, Debug, Evaluation, Hardware, Monitoring, Section, Training
+from apt.errors import Fault, ProfileError, nearest
 
-class Section(BaseModel):
-    """A closed, frozen group of settings."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Choice(BaseModel):
-    """A provider that is asked for: its name, what may stand in for it, in order, and its options."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    provider: str
-    fallback: tuple[str, ...] = ()
-    options: dict[str, JsonValue] = {}
-
-
-class Training(Section):
-    """How long and in what portions. The optimizer's numbers (base_lr, warmup_steps, weight_decay, gradient_clip)
-    are fields of `APTConfig`; in a profile they stand here, as learning_rate and so on."""
-
-    max_epochs: int | None = Field(default=None, ge=1, description="stop after so many epochs")
-    max_steps: int | None = Field(default=None, ge=1, description="stop after so many optimizer steps")
-    steps_per_epoch: int | None = Field(default=None, ge=1, description="optimizer steps an epoch; none: the data's")
-    batch_size: int = Field(default=32, ge=1, description="sequences a micro-batch")
-    accumulate: int = Field(default=1, ge=1, description="micro-batches an optimizer step")
-    lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    min_lr_ratio: float = Field(default=0.1, ge=0, le=1, description="the last learning rate over the highest")
-    betas: tuple[float, float] = (0.9, 0.95)
-    seed: int = Field(default=0, ge=0)
-    precision: Literal["fp32", "bf16"] = "fp32"
-    compile: bool = False
-    save_every: int | None = Field(
-        default=None, ge=1, description="optimizer steps between checkpoints; none: an epoch"
-    )
-    keep_last: int = Field(default=2, ge=1, description="checkpoints that are kept")
-
-
-class Data(BaseModel):
-    """Where the text comes from. Keys that are not listed here are options of the source's provider."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-
-    source: str = "stdlib"
-    tokenizer: Choice = Choice(provider="byte")
-
-    @property
-    def choice(self) -> Choice:
-        """The source as a provider that is asked for."""
-        return Choice(provider=self.source, options=dict(self.model_extra or {}))
-
-
-class Evaluation(Section):
-    """How the held-out text is scored."""
-
-    eval_every: int | None = Field(
-        default=None, ge=1, description="optimizer steps between evaluations; none: an epoch"
-    )
-    max_batches: int | None = Field(default=None, ge=1, description="batches an evaluation; none: the whole split")
-    sample_prompt: str = Field(default="", description="the prompt of the sample after training")
-    sample_tokens: int = Field(default=200, ge=0, description="the length of that sample")
-
-
-class Monitoring(Section):
-    """What is reported while training."""
-
-    log_every: int = Field(default=10, ge=1, description="optimizer steps between lines of metrics.jsonl")
-    plot: bool = True
-
-
-class Hardware(Section):
-    """Where it runs."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int | None = Field(default=None, ge=1, description="CPU threads; none: PyTorch's choice")
-
-
-class Debug(Section):
-    """Aids for finding faults."""
-
-    detect_anomaly: bool = False
+CONFIG_FILE = "config.json"
 
 
 class APTConfig(BaseModel):
@@ -171,9 +98,146 @@ class APTConfig(BaseModel):
         name: str = getattr(self, f"{kind}_name")
         return Choice(provider=name, fallback=self.fallback.get(kind, ()), options=self.options.get(kind, {}))
 
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> APTConfig:
+        """The configuration of a profile; see `apt.core.profile.load_profile`. Raises `ProfileError`."""
+        from apt.core.profile import load_profile
+
+        return load_profile(path).config
+
+    def to_dict(self) -> dict[str, JsonValue]:
+        """Every field as a JSON value."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object], name: str = "config") -> APTConfig:
+        """The configuration that `to_dict`, or the predecessor, wrote; what it does not know goes into `extra`.
+
+        Raises `ProfileError` with every fault; `name` is what the document is called there.
+        """
+        known = {key: value for key, value in values.items() if key in cls.model_fields}
+        unknown = {key: value for key, value in values.items() if key not in cls.model_fields}
+        extra = known.get("extra", {})
+        if unknown and isinstance(extra, Mapping):
+            twice = sorted(unknown.keys() & extra.keys())
+            if twice:
+                raise ProfileError([Fault(f"{name}: {key}", "stands in extra as well", "keep one") for key in twice])
+            known["extra"] = {**extra, **unknown}
+        try:
+            return cls.model_validate(known)
+        except ValidationError as error:
+            faults = [
+                Fault(
+                    f"{name}: {'.'.join(map(str, each['loc']))}",
+                    f"{each['input']!r} is not allowed",
+                    each["msg"][:1].lower() + each["msg"][1:],
+                )
+                for each in error.errors(include_url=False)
+            ]
+            raise ProfileError(faults) from error
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``config.json`` into a folder, which is made where it is missing."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / CONFIG_FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> APTConfig:
+        """The ``config.json`` of a folder. Raises `ProfileError` where it is missing or wrong."""
+        path = Path(folder) / CONFIG_FILE
+        try:
+            values = json.loads(path.read_text())
+        except OSError as error:
+            raise ProfileError([Fault(str(path), f"cannot be read: {error.strerror}")]) from error
+        except ValueError as error:
+            raise ProfileError([Fault(str(path), f"is not JSON: {error}")]) from error
+        if not isinstance(values, dict):
+            raise ProfileError([Fault(str(path), f"holds a {type(values).__name__}, not an object")])
+        return cls.from_dict(values, str(path))
+
     def get_provider_config(self, kind: str) -> dict[str, JsonValue]:
         """The options of the provider of this kind, as the profile gives them."""
         return dict(self.options.get(kind, {}))
 
 
 APTModelConfig = APTConfig
+
+
+class MultimodalConfig(Section):
+    """Which modalities beside text a model takes, and in what form."""
+
+    enable_image: bool = False
+    enable_audio: bool = False
+    image_size: int = Field(default=224, ge=1, description="pixels a side")
+    patch_size: int = Field(default=16, ge=1, description="pixels a side of one patch")
+    audio_sample_rate: int = Field(default=16000, ge=1, description="Hz")
+    max_audio_length: int = Field(default=10, ge=1, description="seconds")
+    modality_dropout: float = Field(default=0.1, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _whole_patches(self) -> MultimodalConfig:
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        return self
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    def get_enabled_modalities(self) -> list[str]:
+        """``text`` and what is enabled."""
+        return ["text", *(name for name in ("image", "audio") if getattr(self, f"enable_{name}"))]
+
+
+SIZES = {
+    "tiny": {"d_model": 128, "num_heads": 4, "d_ff": 512, "num_layers": 4, "max_seq_len": 256},
+    "small": {"d_model": 512, "num_heads": 8, "d_ff": 2048, "num_layers": 6, "max_seq_len": 512},
+    "base": {"d_model": 768, "num_heads": 12, "d_ff": 3072, "num_layers": 12, "max_seq_len": 1024},
+    "large": {"d_model": 1024, "num_heads": 16, "d_ff": 4096, "num_layers": 24, "max_seq_len": 2048},
+}
+"""Shapes of `create_optimized_config`: base is GPT-2's, large is GPT-2 medium's (Radford et al. 2019, table 2)."""
+
+
+def create_optimized_config(
+    size: Literal["tiny", "small", "base", "large"] = "small",
+    language: str = "en",
+    use_autopoietic: bool = True,
+    multimodal: bool = False,
+) -> APTConfig:
+    """A decoder of a usual size, with autopoietic attention where `use_autopoietic`, else scaled dot-product attention.
+
+    With `multimodal` the default `MultimodalConfig` with images and sound enabled stands in `extra`. Raises `ProfileError`
+    for another size.
+    """
+    if size not in SIZES:
+        raise ProfileError([Fault("size", f"{size!r} is not one of {', '.join(SIZES)}", nearest(size, SIZES))])
+    modalities = MultimodalConfig(enable_image=True, enable_audio=True).model_dump(mode="json")
+    return APTConfig.model_validate(
+        {
+            "name": f"apt-{size}",
+            **SIZES[size],
+            "language": language,
+            "use_autopoietic": use_autopoietic,
+            "attention_name": "autopoietic" if use_autopoietic else "sdpa",
+            "extra": {"multimodal": modalities} if multimodal else {},
+        }
+    )
+
+
+__all__ = [
+    "APTConfig",
+    "APTModelConfig",
+    "Choice",
+    "Data",
+    "Debug",
+    "Evaluation",
+    "Hardware",
+    "HardwareProfile",
+    "Monitoring",
+    "MultimodalConfig",
+    "Section",
+    "Training",
+    "create_optimized_config",
+]

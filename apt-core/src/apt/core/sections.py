@@ -1,0 +1,89 @@
+"""The closed sections of a profile that are not the model: how it is trained, on what, and what is reported."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+
+class Section(BaseModel):
+    """A closed, frozen group of settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Choice(BaseModel):
+    """A provider that is asked for: its name, what may stand in for it, in order, and its options."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    provider: str
+    fallback: tuple[str, ...] = ()
+    options: dict[str, JsonValue] = {}
+
+
+class Training(Section):
+    """How long and in what portions. The optimizer's numbers (base_lr, warmup_steps, weight_decay, gradient_clip)
+    are fields of `APTConfig`; in a profile they stand here, as learning_rate and so on."""
+
+    max_epochs: int | None = Field(default=None, ge=1, description="stop after so many epochs")
+    max_steps: int | None = Field(default=None, ge=1, description="stop after so many optimizer steps")
+    steps_per_epoch: int | None = Field(default=None, ge=1, description="optimizer steps an epoch; none: the data's")
+    batch_size: int = Field(default=32, ge=1, description="sequences a micro-batch")
+    accumulate: int = Field(default=1, ge=1, description="micro-batches an optimizer step")
+    lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1, description="the last learning rate over the highest")
+    betas: tuple[float, float] = (0.9, 0.95)
+    seed: int = Field(default=0, ge=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    save_every: int | None = Field(
+        default=None, ge=1, description="optimizer steps between checkpoints; none: an epoch"
+    )
+    keep_last: int = Field(default=2, ge=1, description="checkpoints that are kept")
+
+
+class Data(BaseModel):
+    """Where the text comes from. Keys that are not listed here are options of the source's provider."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    source: str = "stdlib"
+    tokenizer: Choice = Choice(provider="byte")
+
+    @property
+    def choice(self) -> Choice:
+        """The source as a provider that is asked for."""
+        return Choice(provider=self.source, options=dict(self.model_extra or {}))
+
+
+class Evaluation(Section):
+    """How the held-out text is scored."""
+
+    eval_every: int | None = Field(
+        default=None, ge=1, description="optimizer steps between evaluations; none: an epoch"
+    )
+    max_batches: int | None = Field(default=None, ge=1, description="batches an evaluation; none: the whole split")
+    sample_prompt: str = Field(default="", description="the prompt of the sample after training")
+    sample_tokens: int = Field(default=200, ge=0, description="the length of that sample")
+
+
+class Monitoring(Section):
+    """What is reported while training."""
+
+    log_every: int = Field(default=10, ge=1, description="optimizer steps between lines of metrics.jsonl")
+    plot: bool = True
+
+
+class Hardware(Section):
+    """Where it runs."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(default=None, ge=1, description="CPU threads; none: PyTorch's choice")
+
+
+class Debug(Section):
+    """Aids for finding faults."""
+
+    detect_anomaly: bool = False
