@@ -20,6 +20,12 @@ from apt.errors import Fault, ProfileError, nearest
 
 CONFIG_FILE = "config.json"
 
+PREDECESSOR = (
+    *("epsilon", "alpha", "beta", "use_autopoietic", "sr_ratio", "init_tau", "batch_first", "use_dbc_dac"),
+    *("rank_ratio_proj", "rank_ratio_res", "dbc_threshold", "dbc_iterations", "tokenizer_type", "language"),
+)
+"""Fields that the predecessor's configurations have. They are kept; nothing here reads them, and profiles say so."""
+
 
 class APTConfig(BaseModel):
     """A model and its run."""
@@ -62,7 +68,7 @@ class APTConfig(BaseModel):
     weight_decay: float = Field(default=0.015, ge=0)
     gradient_clip: float = Field(default=0.8, ge=0, description="the largest norm of the gradient; 0: no limit")
 
-    # Fields of the predecessor that its providers read; they are kept, and given to the provider of that name.
+    # The predecessor's (see `PREDECESSOR`).
     epsilon: float = 0.08
     alpha: float = 0.0008
     beta: float = 0.003

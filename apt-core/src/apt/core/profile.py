@@ -14,7 +14,7 @@ from typing import cast
 from pydantic import ValidationError
 
 from apt.core import yaml
-from apt.core.config import APTConfig, Choice, Debug, Evaluation, Hardware, Monitoring, Training
+from apt.core.config import PREDECESSOR, APTConfig, Choice, Debug, Evaluation, Hardware, Monitoring, Training
 from apt.core.legacy import KINDS, translate
 from apt.core.local import LocalCode
 from apt.core.registry import Registry
@@ -45,6 +45,9 @@ MODEL = tuple(
     if name not in _NOT_OF_THE_MODEL and name not in {f"{kind}_name" for kind in KINDS}
 )
 """Keys of `model` that are fields of `APTConfig`."""
+
+OLD = ("router_name", *PREDECESSOR)
+"""Those of `MODEL` that stand in the canonical form only where they say something."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,11 @@ def to_profile(config: APTConfig) -> dict[str, Value]:
     dumped = cast("dict[str, Value]", config.model_dump(mode="json"))
     options = cast("dict[str, dict[str, Value]]", dumped["options"])
     fallback = cast("dict[str, list[Value]]", dumped["fallback"])
-    model: dict[str, Value] = {name: dumped[name] for name in MODEL}
+    fields = APTConfig.model_fields
+    unsaid = {name for name in OLD if getattr(config, name) == fields[name].get_default()}
+    if "router" in options.get("ffn", {}):
+        unsaid.add("router_name")
+    model: dict[str, Value] = {name: dumped[name] for name in MODEL if name not in unsaid}
     for kind in KINDS:
         used = {"align": "align" in config.plugins, "retrieval": config.retrieval_name != "none"}
         if used.get(kind, True):

@@ -1,0 +1,30 @@
+"""What the tests of all packages together share: the repository's profiles, and a small text to train on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from apt.core.config import APTConfig
+from apt.core.profile import load_profile
+
+ROOT = Path(__file__).parent.parent
+PROFILES = ROOT / "profiles"
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of text that a small model can learn something from in a few steps."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"def f{number}(x):\n    return x + {number}\n\n" for number in range(300)))
+    return path
+
+
+@pytest.fixture
+def tiny(text: Path) -> APTConfig:
+    """tiny_debug.yaml on the small text: 20 steps in 4 epochs, experts on at step 5, alignment at step 10."""
+    return load_profile(
+        PROFILES / "tiny_debug.yaml",
+        sets=[f"data={{source: files, path: '{text}'}}", "monitoring.plot=false", "evaluation.sample_tokens=5"],
+    ).config
