@@ -62,7 +62,7 @@ class SDPAttention(nn.Module):
         if memory is None:
             projected = self.qkv(x).split(sizes, -1)
         else:
-            queries, others = self.qkv.weight.split((sizes[0], 2 * sizes[1]))
+            queries, others = torch.split(self.qkv.weight, [sizes[0], 2 * sizes[1]])
             kv = nn.functional.linear(memory, others).chunk(2, -1)
             projected = (nn.functional.linear(x, queries), *kv)
         q, k, v = (each.unflatten(-1, (-1, self.width)).transpose(1, 2) for each in projected)

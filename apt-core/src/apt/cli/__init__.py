@@ -13,6 +13,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from typing import TextIO
 
 from apt import __version__
 from apt.cli import inspecting, profiles, running
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         users = error.errno in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}", 2 if users else 1)
-    except Exception:
+    except Exception:  # noqa: BLE001  whatever it is, it is told in full, and the exit code says whose fault it is
         traceback.print_exc()
         return _fail("this is a fault of apt-core or of a provider, not of your input; please report it", 1)
     return int(code)
@@ -82,7 +83,14 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 

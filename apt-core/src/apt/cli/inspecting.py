@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from apt.cli.options import add_profile_options, print_notes, read_profile
-from apt.cli.show import count, print_table, size
+from apt.cli.show import count, print_providers, print_table, size
 
 if TYPE_CHECKING:
     from apt.cli.running import Commands
@@ -90,7 +90,9 @@ def _providers(arguments: argparse.Namespace) -> int:
     for fault in registry.faults():
         print(f"warning: {fault}", file=sys.stderr)
     if not arguments.check:
-        print("\nNothing was imported for this list; --check tries each import, `apt-core doctor` says all that it finds.")
+        print(
+            "\nNothing was imported for this list; --check tries each import, `apt-core doctor` says all that it finds."
+        )
     return 0
 
 
@@ -125,10 +127,14 @@ def _show(kind: str, name: str) -> int:
     print(f"{kind}.{name}  ({info['distribution']} {info['version']}, {info['entry_point']})\n")
     print(_paragraph(provider.__doc__ or ""))
     print("\noptions:")
-    rows = [
-        (f"  {option}", _type(schema), _default(provider, option), str(schema.get("description", "")))
-        for option, schema in provider.model_json_schema()["properties"].items()
-    ] if provider.model_fields else []
+    rows = (
+        [
+            (f"  {option}", _type(schema), _default(provider, option), str(schema.get("description", "")))
+            for option, schema in provider.model_json_schema()["properties"].items()
+        ]
+        if provider.model_fields
+        else []
+    )
     if rows:
         print_table(("  OPTION", "TYPE", "DEFAULT", "WHAT"), rows)
     else:
@@ -198,14 +204,21 @@ def _check(arguments: argparse.Namespace) -> int:
         ("PART", "PROVIDER", "LAYERS", "PARAMETERS", "ACTIVE", "FLOPS/TOKEN"),
         [
             *(
-                (part.part, part.provider, str(part.count), count(part.parameters), count(part.active), count(part.flops_per_token))
-                for part in cost.parts
+                (
+                    each.part,
+                    each.provider,
+                    str(each.count),
+                    *map(count, (each.parameters, each.active, each.flops_per_token)),
+                )
+                for each in cost.parts
             ),
             ("total", "", "", count(cost.parameters), count(cost.active_parameters), count(cost.flops_per_token)),
         ],
         right=("LAYERS", "PARAMETERS", "ACTIVE", "FLOPS/TOKEN"),
     )
-    print("\nACTIVE is what one token meets; FLOPs are of a forward pass at full context, training takes three times as many.")
+    print(
+        "\nACTIVE is what one token meets; FLOPs are of a forward pass at full context, training takes three times as many."
+    )
     if "align" in resolved.providers:
         print(f"align: a training step costs {cost.step_cost:.2g} times one without it.")
     batch = config.training.batch_size
@@ -215,7 +228,7 @@ def _check(arguments: argparse.Namespace) -> int:
         f"activations {size(cost.activations)})\nKV cache: {size(cost.cache_per_token)} a token\n"
     )
     _print_plan(profile)
-    _print_providers(profile)
+    print_providers(resolved.resolutions)
     return 0
 
 
@@ -251,22 +264,6 @@ def _course(entry: Ramp | Piecewise) -> str:
     return "; ".join(pieces)
 
 
-def _print_providers(profile: Profile) -> None:
-    assert profile.resolved is not None
-    print_table(
-        ("WHERE", "PROVIDER", "DISTRIBUTION", ""),
-        (
-            (
-                each.where,
-                f"{each.kind}.{each.used}",
-                f"{each.distribution} {each.version}",
-                f"asked for {each.asked}: {each.why}" if each.why else "",
-            )
-            for each in profile.resolved.resolutions
-        ),
-    )
-
-
 def _doctor(arguments: argparse.Namespace) -> int:
     from apt.core.doctor import diagnose
 
@@ -279,7 +276,11 @@ def _doctor(arguments: argparse.Namespace) -> int:
         ((found.subject, found.distribution, colours[found.level], found.what) for found in diagnosis.findings),
     )
     faults = sum(found.level == "fault" for found in diagnosis.findings)
-    print("\neverything is in order" if diagnosis.healthy else f"\n{faults} faults; what they name cannot be used, the rest can")
+    print(
+        "\neverything is in order"
+        if diagnosis.healthy
+        else f"\n{faults} faults; what they name cannot be used, the rest can"
+    )
     for variable in ("APT_DISABLE_PLUGINS", "APT_ONLY_PLUGINS"):
         if variable in os.environ:
             print(f"{variable}={os.environ[variable]}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from apt.core.registry import registry
+from apt.errors import ProviderBrokenError
 
 Command = Callable[[Sequence[str]], int]
 
@@ -22,4 +23,11 @@ def find_command(name: str) -> Command | None:
 
     Raises `apt.errors.ProviderError` where the package is broken.
     """
-    return registry.load_object("command", name) if name in list_commands() else None
+    if name not in list_commands():
+        return None
+    found = registry.load_object("command", name)
+    if not callable(found):
+        raise ProviderBrokenError(
+            "command", name, f"command.{name} is a {type(found).__name__}, which cannot be called"
+        )
+    return found

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from apt.cli.options import add_profile_options, read_profile
+from apt.cli.options import add_profile_options, print_notes, read_profile
+from apt.cli.show import print_providers
 
 if TYPE_CHECKING:
     from apt.core.hooks import HookRunner
@@ -36,7 +37,9 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     generate.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="default: 200")
     generate.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (default: 0.8)")
     generate.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
-    generate.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that hold this share")
+    generate.add_argument(
+        "--top-p", type=float, metavar="P", help="draw from the likeliest tokens that hold this share"
+    )
     generate.add_argument("--seed", type=int, default=0, help="default: 0")
     generate.add_argument("--rag", type=Path, metavar="FOLDER", help="put passages from these texts before the prompt")
     generate.set_defaults(run=_generate)
@@ -64,6 +67,10 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
     profile = read_profile(arguments)
+    print_notes(profile)
+    assert profile.resolved is not None
+    print_providers(profile.resolved.resolutions)
+    print()
     out = arguments.out or _default_out(profile.config.name, arguments.resume)
     from apt.training.trainer import Trainer
 
@@ -71,17 +78,19 @@ def _train(arguments: argparse.Namespace) -> int:
     if result.interrupted:
         return 130
     from apt.inference.generate import generate
-    from apt.training.record import provider_lines
 
     evaluation = profile.config.evaluation
-    print(f"\nheld-out loss: {result.validation.loss:.4f} nats a token, {result.validation.bits_per_byte:.4f} bits per byte")
-    print("\nproviders:")
-    for line in provider_lines(result.resolved.resolutions):
-        print(f"  {line}")
+    scored = result.validation
+    print(f"\nheld-out loss: {scored.loss:.4f} nats a token, {scored.bits_per_byte:.4f} bits per byte\n")
+    print_providers(result.resolved.resolutions)
     if evaluation.sample_tokens:
         sample = generate(
-            result.model, result.tokenizer, evaluation.sample_prompt, max_new_tokens=evaluation.sample_tokens,
-            temperature=0.8, state=result.state,
+            result.model,
+            result.tokenizer,
+            evaluation.sample_prompt,
+            max_new_tokens=evaluation.sample_tokens,
+            temperature=0.8,
+            state=result.state,
         )
         text = evaluation.sample_prompt + sample.text
         (result.folder / "sample.txt").write_text(text)
@@ -102,30 +111,40 @@ def _default_out(name: str, resume: str) -> Path:
 def _load(arguments: argparse.Namespace) -> LoadedRun:
     from apt.training.checkpoint import load_run
 
-    return load_run(
-        arguments.folder, allow_local_code=arguments.allow_local_code, strict_lock=arguments.strict_lock
-    )
+    return load_run(arguments.folder, allow_local_code=arguments.allow_local_code, strict_lock=arguments.strict_lock)
 
 
 def _generate(arguments: argparse.Namespace) -> int:
     run = _load(arguments)
     from apt.inference.generate import generate
 
-    def show(text: str) -> None:
-        print(text, end="", flush=True)
+    unsaid = [arguments.prompt]
 
-    print(arguments.prompt, end="", flush=True)
+    def show(text: str) -> None:
+        # The prompt goes first, but not before there is something to go on with: what is refused prints nothing.
+        print(*unsaid, text, sep="", end="", flush=True)
+        unsaid.clear()
+
     result = generate(
-        run.model, run.tokenizer, arguments.prompt, max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed,
-        hooks=_hooks(run, arguments.rag), state=run.state, show=show,
+        run.model,
+        run.tokenizer,
+        arguments.prompt,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        hooks=_hooks(run, arguments.rag),
+        state=run.state,
+        show=show,
     )
-    print()
+    print(*unsaid)
     if result.sources:
         print(f"passages from: {', '.join(result.sources)}", file=sys.stderr)
     if result.left_out:
         print(
-            f"the first {result.left_out} tokens did not fit in the model's context of {run.model.max_seq_len}", file=sys.stderr
+            f"the first {result.left_out} tokens did not fit in the model's context of {run.model.max_seq_len}",
+            file=sys.stderr,
         )
     return 0
 
@@ -146,9 +165,13 @@ def _hooks(run: LoadedRun, rag: Path | None) -> HookRunner:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     run = _load(arguments)
-    from apt.data.corpus import Corpus
+    from rich.console import Console
+    from rich.progress import track
+
+    from apt.data.batches import num_windows, windows
+    from apt.data.corpus import Corpus, require
     from apt.errors import CheckpointError
-    from apt.training.evaluate import evaluate
+    from apt.training.evaluate import score
 
     corpus = Corpus.of(run.resolved.providers["data"].read())  # type: ignore[attr-defined]
     if corpus.digest != run.corpus_digest:
@@ -156,9 +179,16 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             f"{run.folder}: data.source gives another text now than it was trained on, so nothing of it is known to be held out"
         )
     split = corpus.tokens(arguments.split, run.tokenizer, run.config.bos_token_id)
-    scored, _ = evaluate(
-        run.model, split, seq_len=run.config.max_seq_len, batch_size=run.config.training.batch_size
+    require(split, arguments.split, run.config.max_seq_len)
+    seq_len, batch_size = run.config.max_seq_len, run.config.training.batch_size
+    batches = track(
+        windows(split, seq_len, batch_size),
+        f"scoring the {arguments.split} split",
+        total=-(-num_windows(split, seq_len) // batch_size),
+        console=Console(stderr=True),
+        transient=True,
     )
+    scored, _ = score(run.model, batches, bytes_per_token=split.bytes_per_token)
     print(
         f"{arguments.split}: {scored.loss:.4f} nats a token, {scored.bits_per_byte:.4f} bits per byte "
         f"({scored.num_tokens:,} tokens, step {run.state.step})"

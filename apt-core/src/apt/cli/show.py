@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from apt.core.resolution import Resolution
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> None:
@@ -23,6 +27,22 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right:
     with console.capture() as captured:
         console.print(table)
     print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+def print_providers(resolutions: Iterable[Resolution]) -> None:
+    """Print which provider stands where, of what distribution, and why it is not the one that was asked for."""
+    print_table(
+        ("WHERE", "PROVIDER", "DISTRIBUTION", ""),
+        (
+            (
+                each.where,
+                f"{each.kind}.{each.used}",
+                f"{each.distribution} {each.version}",
+                f"asked for {each.asked}: {each.why}" if each.why else "",
+            )
+            for each in resolutions
+        ),
+    )
 
 
 def count(number: float) -> str:

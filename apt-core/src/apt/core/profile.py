@@ -14,7 +14,7 @@ from typing import cast
 from pydantic import ValidationError
 
 from apt.core import yaml
-from apt.core.config import PREDECESSOR, APTConfig, Choice, Debug, Evaluation, Hardware, Monitoring, Training
+from apt.core.config import PREDECESSOR, APTConfig, Choice, Debug, Evaluation, Hardware, Monitoring, Section, Training
 from apt.core.legacy import KINDS, translate
 from apt.core.local import LocalCode
 from apt.core.registry import Registry
@@ -30,7 +30,7 @@ RENAMED = {
     "gradient_clip": "gradient_clip",
 }
 """Keys of `training` that are fields of `APTConfig` itself."""
-SECTIONS = {
+SECTIONS: dict[str, type[Section]] = {
     "training": Training,
     "evaluation": Evaluation,
     "monitoring": Monitoring,

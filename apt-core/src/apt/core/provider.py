@@ -50,7 +50,7 @@ class Provider(BaseModel, ABC):
 
     _record: ProviderRecord | None = PrivateAttr(default=None)
 
-    def __init_subclass__(cls, **kwargs: object) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         method = cls.__dict__.get(cls.makes)
         if callable(method) and not getattr(method, "__isabstractmethod__", False):

@@ -8,7 +8,7 @@ reads; that the tokenizer's ids fit the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from apt.core.config import APTConfig, Choice
@@ -16,7 +16,7 @@ from apt.core.exclusions import find_conflicts
 from apt.core.hooks import HookRunner
 from apt.core.options import below, join, relative
 from apt.core.provider import Provider
-from apt.core.providers import Plugin, TokenizerProvider
+from apt.core.providers import AttentionProvider, FFNProvider, Plugin, TokenizerProvider
 from apt.core.registry import Registry, Resolution
 from apt.core.schedules import SWITCH, Schedule
 from apt.errors import Fault, OptionsError, PluginError, ProfileError, ProviderError, ScheduleError, nearest
@@ -98,6 +98,7 @@ class _Resolver:
         for resolution in self.resolutions:
             for value in resolution.provider.scheduled:
                 scheduled.setdefault(value, resolution.provider)
+        self._check_sizes(providers)
         self._check_exclusions()
         self._check_schedules(scheduled)
         self._check_vocabulary(providers.get("tokenizer"))
@@ -144,6 +145,23 @@ class _Resolver:
                 self.faults.append(Fault("plugins", str(error)))
             plugins[name] = plugin
         return plugins
+
+    def _check_sizes(self, providers: Mapping[str, Provider]) -> None:
+        """Whether the layers can have the model's sizes; what counts their parameters knows."""
+        config = self.config
+        attention, ffn = providers.get("attention"), providers.get("ffn")
+        if isinstance(attention, AttentionProvider) and config.d_model % config.num_heads == 0:
+            self._try("model.attention", lambda: attention.get_parameter_count(config.d_model, config.num_heads))
+        if isinstance(ffn, FFNProvider):
+            self._try("model.ffn", lambda: ffn.get_parameter_count(config.d_model, config.d_ff))
+
+    def _try(self, where: str, count: Callable[[], int]) -> None:
+        try:
+            count()
+        except OptionsError as error:
+            self.faults += [below(where, fault) for fault in relative(error)]
+        except ValueError as error:
+            self.faults.append(Fault(where, str(error)))
 
     def _check_exclusions(self) -> None:
         used = [self.registry.used(resolution.where, resolution.provider) for resolution in self.resolutions]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -88,7 +89,7 @@ class Piecewise(BaseModel):
         if None in ends:
             raise ValueError("only the last segment may go on to the end of the run; give the others `until`")
         marks = [each for each in (*ends, self.segments[-1].until) if each is not None]
-        if any(later <= earlier for earlier, later in zip(marks, marks[1:], strict=False)):
+        if any(later <= earlier for earlier, later in pairwise(marks)):
             raise ValueError(f"`until` must rise from segment to segment, not {marks}")
         for segment in self.segments:
             Ramp(start=segment.start, end=segment.end, type=segment.type)

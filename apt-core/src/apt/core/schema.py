@@ -192,7 +192,6 @@ _FALLBACK: Schema = {
 }
 
 
-
 def _referring(value: Any) -> Any:
     """The schema with nested providers as references to the definition of their kind."""
     if isinstance(value, list):

@@ -177,12 +177,15 @@ class _Reader:
                 parent.append(value)
         else:
             self.root = value
-        self.origins[path] = Origin(self.name, event.start_mark.line + 1, event.start_mark.column + 1)
+        self.origins[path] = self._place(event)
         return path
 
     def _fault(self, event: yaml.Event, what: str, hint: str = "") -> ProfileError:
-        where = Origin(self.name, event.start_mark.line + 1, event.start_mark.column + 1)
-        return ProfileError([Fault(str(where), what, hint)])
+        return ProfileError([Fault(str(self._place(event)), what, hint)])
+
+    def _place(self, event: yaml.Event) -> Origin:
+        mark = event.start_mark
+        return Origin(self.name) if mark is None else Origin(self.name, mark.line + 1, mark.column + 1)
 
 
 def dump(values: Mapping[str, object]) -> str:

@@ -53,13 +53,21 @@ def gather(tokens: NDArray[np.generic], starts: NDArray[np.int64], seq_len: int)
     return Batch(both[:, :-1], both[:, 1:])
 
 
+def num_windows(split: TokenSplit, seq_len: int) -> int:
+    """Windows that cover the split; the last may be shorter than `seq_len`."""
+    return len(range(0, len(split.tokens) - 1, seq_len))
+
+
 def windows(split: TokenSplit, seq_len: int, batch_size: int, max_batches: int | None = None) -> Iterator[Batch]:
-    """Non-overlapping windows that cover the split from its start; the last may be shorter and is masked."""
+    """Non-overlapping windows that cover the split in order; the last may be shorter and is masked.
+
+    With `max_batches`, so many batches of windows that are spread evenly over the split, always the same ones.
+    """
     tokens = split.tokens
-    starts = np.arange(0, len(tokens) - 1, seq_len, dtype=np.int64)
-    for number, at in enumerate(range(0, len(starts), batch_size)):
-        if max_batches is not None and number == max_batches:
-            return
+    starts = np.arange(num_windows(split, seq_len), dtype=np.int64) * seq_len
+    if max_batches is not None and max_batches * batch_size < len(starts):
+        starts = starts[np.linspace(0, len(starts) - 1, max_batches * batch_size).astype(np.int64)]
+    for at in range(0, len(starts), batch_size):
         here = starts[at : at + batch_size]
         short = here[-1] + seq_len + 1 - len(tokens)
         if short <= 0:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from apt.core.providers import Document, Tokenizer
 from apt.errors import DataError
 
+Ids = NDArray[np.unsignedinteger[Any]]
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
@@ -24,7 +25,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 class TokenSplit:
     """The tokens of a split, documents one after another, each after the id that starts one; and the bytes they stand for."""
 
-    tokens: NDArray[np.uint16] | NDArray[np.uint32]
+    tokens: Ids
     num_bytes: int
     num_documents: int
 
@@ -64,7 +65,7 @@ class Corpus:
         texts = self.texts[split]
         dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
         arrays = [np.array([bos, *tokenizer.encode(text)], dtype) for text in texts if text]
-        joined = np.concatenate(arrays) if arrays else np.zeros(0, dtype)
+        joined: Ids = np.concatenate(arrays) if arrays else np.zeros(0, dtype)
         return TokenSplit(joined, sum(len(text.encode()) for text in texts), len(texts))
 
 

@@ -76,7 +76,7 @@ def generate(
                 hooks.hook.apt_logits_ready(state=state, next_token=moment)
                 logits = moment.logits
             token = int(sampling.draw(logits, generator))
-            if token == eos or token == bos:
+            if token in (eos, bos):
                 break
             written.append(token)
             reader.add(token)
@@ -102,7 +102,7 @@ class _Reader:
         self.model, self.context = model, list(tokens)
         self.device = model.embedding.weight.device
         self.waiting = list(tokens)
-        self.cache = model.create_cache(1)
+        self.cache = model.create_cache(1) if model.supports_kv_cache else None
 
     def add(self, token: int) -> None:
         """One more token to be read."""
@@ -111,10 +111,11 @@ class _Reader:
         if len(self.context) > self.model.max_seq_len:
             self.context = self.context[-max(1, self.model.max_seq_len // 2) :]
             self.waiting = list(self.context)
-            self.cache = self.model.create_cache(1)
+            self.cache = None if self.cache is None else self.model.create_cache(1)
 
     def logits(self) -> torch.Tensor:
         """Read what waits; the scores of the next token [1, vocab]."""
-        tokens = torch.tensor([self.waiting], device=self.device)
+        # Without a cache the whole context is read again for each token.
+        tokens = torch.tensor([self.context if self.cache is None else self.waiting], device=self.device)
         self.waiting = []
         return self.model(tokens, cache=self.cache).logits[:, -1]

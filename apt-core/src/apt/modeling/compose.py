@@ -166,11 +166,12 @@ class ModelBuilder:
         resolved = self.resolved.providers.get(kind)
         if name is None and not options and isinstance(resolved, interface):
             return resolved
+        fallback: tuple[str, ...] = ()
         if name is None:
             asked = self.config.choice(kind)
-            choice = Choice(provider=asked.provider, fallback=asked.fallback, options={**asked.options, **options})
-        else:
-            choice = Choice(provider=name, options=dict(options))
+            name, fallback, options = asked.provider, asked.fallback, {**asked.options, **options}
+        # Not validated: from Python an option may be a provider, which is no JSON value.
+        choice = Choice.model_construct(provider=name, fallback=fallback, options=dict(options))
         provider = self.registry.resolve(kind, choice).provider
         if not isinstance(provider, interface):
             raise TypeError(f"{kind}.{choice.provider} is not a {interface.__name__}")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from apt.core.providers import AttentionProvider
+from apt.errors import UserError
 from apt.layers import LayerCache, Output
 
 
@@ -66,10 +69,23 @@ class Decoder(nn.Module):
         return Output(self.head(hidden), hidden, losses, means)
 
     def create_cache(self, batch: int, max_seq_len: int | None = None) -> list[LayerCache]:
-        """An empty cache for each block."""
+        """An empty cache for each block. Raises `UserError` where an attention layer cannot decode from one."""
+        if not self.supports_kv_cache:
+            raise UserError("the model's attention has no KV cache; read the whole text for each token instead")
         weight = self.embedding.weight
         room = self.max_seq_len if max_seq_len is None else max_seq_len
-        return [block.attention.create_cache(batch, room, weight.dtype, weight.device) for block in self.blocks]
+        return [layer.create_cache(batch, room, weight.dtype, weight.device) for layer in self._attention()]
+
+    @property
+    def supports_kv_cache(self) -> bool:
+        """Whether every attention layer can decode from a cache."""
+        makers = (getattr(layer, "apt_provider", None) for layer in self._attention())
+        return all(not isinstance(maker, AttentionProvider) or maker.supports_kv_cache() for maker in makers)
+
+    def _attention(self) -> Iterator[Any]:
+        """The layers as `apt.layers.AttentionLayer` describes them; a module's type does not say so."""
+        for block in self.blocks:
+            yield block.attention
 
     def hidden_after(
         self, tokens: Int[Tensor, "batch seq"], depth: int, *, mask: Bool[Tensor, "batch seq"] | None = None

@@ -210,7 +210,7 @@ def restore(
     kept = saved["random"]
     random.setstate(_tupled(kept["python"]))
     name, keys, position, has_gauss, cached = kept["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(extra["random.torch"])
     if torch.cuda.is_available() and "random.cuda" in extra:
         torch.cuda.set_rng_state(extra["random.cuda"])
@@ -261,7 +261,7 @@ def _joined(plain: Mapping[str, dict[str, object]], tensors: Mapping[str, Tensor
 
 
 def _numpy_state() -> list[object]:
-    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    name, keys, position, has_gauss, cached = np.random.get_state()
     return [name, [int(key) for key in keys], position, has_gauss, cached]
 
 

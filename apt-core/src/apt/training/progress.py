@@ -41,7 +41,13 @@ class Report:
         self._bar.stop()
 
     def step(
-        self, done: int, loss: float, tokens_per_second: float, rate: float, on: tuple[str, ...], values: Mapping[str, float]
+        self,
+        done: int,
+        loss: float,
+        tokens_per_second: float,
+        rate: float,
+        on: tuple[str, ...],
+        values: Mapping[str, float],
     ) -> None:
         """Show where the run stands."""
         plugins = "+".join(on) or "no plugin"

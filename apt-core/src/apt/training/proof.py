@@ -29,9 +29,7 @@ class ProofOfUse:
     def due(self) -> list[BoundPart]:
         """The parts that are on and have not been proven."""
         idle = self._idle()
-        return [
-            part for part in self.pending if getattr(part.module, "active", True) and part.module not in idle
-        ]
+        return [part for part in self.pending if getattr(part.module, "active", True) and part.module not in idle]
 
     def watch(self, parts: list[BoundPart]) -> None:
         """Note which modules run from now on."""
@@ -46,7 +44,9 @@ class ProofOfUse:
         idle = self._idle()
         faults = [fault for part in parts for fault in self._faults(part, idle)]
         if faults:
-            raise ProofOfUseError(f"step {step}: what is switched on does not take part in training:\n  " + "\n  ".join(faults))
+            raise ProofOfUseError(
+                f"step {step}: what is switched on does not take part in training:\n  " + "\n  ".join(faults)
+            )
         proven = {part.path for part in parts}
         self.pending = [part for part in self.pending if part.path not in proven]
         self._ran.clear()
@@ -70,9 +70,12 @@ class ProofOfUse:
 
     def _idle(self) -> set[nn.Module]:
         """Every module that some part says is idle as things stand, all levels of them."""
-        said = (module.idle() for module in self.model.modules() if callable(getattr(module, "idle", None)))
-        return {inner for modules in said for module in modules for inner in module.modules()}
+        idle: set[nn.Module] = set()
+        for module in self.model.modules():
+            say = getattr(module, "idle", None)
+            if callable(say):
+                idle.update(inner for said in say() for inner in said.modules())
+        return idle
 
     def _note(self, module: nn.Module, *_: object) -> None:
         self._ran.add(module)
-

@@ -32,7 +32,10 @@ class Metrics:
 
     def write(self, event: str, **values: object) -> None:
         """One line. A number that is not finite becomes null: JSON has no other way to say it."""
-        plain = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
+        plain = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()
+        }
         self._file.write(json.dumps({"event": event, **plain}) + "\n")
 
     def close(self) -> None:
@@ -53,7 +56,9 @@ def read_metrics(folder: Path) -> list[dict[str, object]]:
 
 def write_record(folder: Path, config: APTConfig, resolved: Resolved, corpus_digest: str, parameters: int) -> None:
     """What the run was made of: providers asked for and used, the environment, the state of the source tree."""
-    wanted = {"apt-core", "torch", "numpy", "pydantic", "safetensors"} | {each.distribution for each in resolved.resolutions}
+    wanted = {"apt-core", "torch", "numpy", "pydantic", "safetensors"} | {
+        each.distribution for each in resolved.resolutions
+    }
     versions = {each.metadata["Name"]: each.version for each in distributions() if each.metadata["Name"] in wanted}
     record = {
         "name": config.name,
@@ -86,7 +91,9 @@ def provider_lines(resolutions: Iterable[Resolution], separator: str = "  ") -> 
     lines = []
     for each in resolutions:
         why = f" (asked for {each.asked}: {each.why})" if each.why else ""
-        lines.append(separator.join((each.where, f"{each.kind}.{each.used}", f"{each.distribution} {each.version}{why}")))
+        lines.append(
+            separator.join((each.where, f"{each.kind}.{each.used}", f"{each.distribution} {each.version}{why}"))
+        )
     return lines
 
 

@@ -83,6 +83,8 @@ class Trainer:
         self.hooks = HookRunner(self.resolved.plugins)
         self.schedule = Schedule(config)
         self._stop = False
+        self.scored = Score(math.nan, math.nan, 0)
+        self.saved_at = -1
 
     def fit(self) -> RunResult:
         """Train to the end, or until Ctrl-C or SIGTERM, which finish the step and save."""
@@ -129,10 +131,13 @@ class Trainer:
         source, tokenizer = self.resolved.providers["data"], self.resolved.providers["tokenizer"]
         assert isinstance(source, DataProvider)
         assert isinstance(tokenizer, TokenizerProvider)
-        self.corpus = Corpus.of(source.read())
-        self.tokenizer = (
-            tokenizer.train(training_texts(self.corpus)) if self.checkpoint is None else tokenizer.load(self.checkpoint)
-        )
+        with self.console.status("reading the text"):
+            self.corpus = Corpus.of(source.read())
+            self.tokenizer = (
+                tokenizer.train(training_texts(self.corpus))
+                if self.checkpoint is None
+                else tokenizer.load(self.checkpoint)
+            )
         if self.tokenizer.vocab_size > config.vocab_size:
             raise UserError(
                 f"model.vocab_size: {config.vocab_size} is less than the tokenizer's {self.tokenizer.vocab_size} ids"
@@ -145,7 +150,7 @@ class Trainer:
         max_steps, max_epochs = _length(config, self.steps_per_epoch)
         self.state = RunState(0, 0, max_steps, max_epochs)
         random.seed(training.seed)
-        np.random.seed(training.seed)  # noqa: NPY002
+        np.random.seed(training.seed)
         torch.manual_seed(training.seed)
         self.model = ModelBuilder(config, resolved=self.resolved).build_model().to(self.device)
         self.buffers = scheduled_buffers(self.model)
@@ -175,8 +180,12 @@ class Trainer:
         for fault in check_lock(Lock.from_dict(lock), make_lock(self.resolved), strict=False):
             self.console.print(f"warning: {folder.name}: {fault}", style="yellow", highlight=False)
         if state.step >= self.state.max_steps:
-            raise CheckpointError(f"{folder}: step {state.step} is the end of this profile; raise max_epochs or max_steps")
-        self.state = replace(self.state, step=state.step, epoch=state.epoch, plugins_on=state.plugins_on, values=state.values)
+            raise CheckpointError(
+                f"{folder}: step {state.step} is the end of this profile; raise max_epochs or max_steps"
+            )
+        self.state = replace(
+            self.state, step=state.step, epoch=state.epoch, plugins_on=state.plugins_on, values=state.values
+        )
         for plugin in state.plugins_on:
             set_active(self.model, plugin, True)
         self.hooks.load_state(self.state, hooks)
@@ -257,7 +266,7 @@ class Trainer:
             for name, more in extra.items():
                 share = share + more / accumulate
                 self._watch.add(f"loss_{name}", more.detach() / accumulate)
-            share.backward()
+            torch.autograd.backward(share)
             self._watch.add("loss", loss.detach() * (count / total))
         limit = config.gradient_clip or math.inf
         norm = nn.utils.clip_grad_norm_(model.parameters(), limit).item()
@@ -290,14 +299,19 @@ class Trainer:
         with torch.autocast(self.device.type, precision, enabled=precision is not None), stance:
             output: Output = self.model(batch.tokens)
             targets = batch.targets if batch.mask is None else batch.targets.masked_fill(~batch.mask, -100)
-            loss = nn.functional.cross_entropy(output.logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+            loss = nn.functional.cross_entropy(
+                output.logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100
+            )
             extra = dict(output.losses)
-            for losses in self.hooks.hook.apt_loss_extra(state=self.state, model=self.model, batch=batch, output=output):
+            for losses in self.hooks.hook.apt_loss_extra(
+                state=self.state, model=self.model, batch=batch, output=output
+            ):
                 extra.update(losses)
         return loss, extra
 
     def _not_finite(self, first: int, accumulate: int) -> str:
-        broken = [name for name, each in self.model.named_parameters() if each.grad is not None and not each.grad.isfinite().all()]
+        gradients = ((name, each.grad) for name, each in self.model.named_parameters())
+        broken = [name for name, grad in gradients if grad is not None and not grad.isfinite().all()]
         named = ", ".join(broken[:5]) + (f" and {len(broken) - 5} more" if len(broken) > 5 else "")
         return (
             f"step {self.state.step}: the gradient is not finite (micro-batches {first} to {first + accumulate - 1} of seed "
@@ -311,8 +325,17 @@ class Trainer:
         seen, speed = self._watch.read()
         state = self.state
         self.metrics.write(
-            "train", step=state.step, epoch=state.epoch, split="train", **seen, learning_rate=rate, gradient_norm=norm,
-            tokens_per_second=round(speed, 1), values=dict(state.values), plugins_on=list(state.plugins_on), **metrics,
+            "train",
+            step=state.step,
+            epoch=state.epoch,
+            split="train",
+            **seen,
+            learning_rate=rate,
+            gradient_norm=norm,
+            tokens_per_second=round(speed, 1),
+            values=dict(state.values),
+            plugins_on=list(state.plugins_on),
+            **metrics,
         )
         self.report.step(state.step, seen["loss"], speed, rate, state.plugins_on, state.values)
 
@@ -329,14 +352,25 @@ class Trainer:
             hook, state, extra = self.hooks.hook, self.state, dict[str, float]()
             hook.apt_evaluation_start(state=state, model=self.model)
             scored, seen = evaluate(
-                self.model, self.validation, seq_len=self.config.max_seq_len, batch_size=self.config.training.batch_size,
-                max_batches=self.config.evaluation.max_batches, device=self.device,
+                self.model,
+                self.validation,
+                seq_len=self.config.max_seq_len,
+                batch_size=self.config.training.batch_size,
+                max_batches=self.config.evaluation.max_batches,
+                device=self.device,
             )
             hook.apt_evaluation_end(state=state, model=self.model, metrics=extra)
             self.metrics.write(
-                "evaluation", step=state.step, epoch=state.epoch, split="validation", loss=scored.loss,
-                bits_per_byte=scored.bits_per_byte, values=dict(state.values), plugins_on=list(state.plugins_on),
-                **{name: metric.tolist() for name, metric in seen.items()}, **extra,
+                "evaluation",
+                step=state.step,
+                epoch=state.epoch,
+                split="validation",
+                loss=scored.loss,
+                bits_per_byte=scored.bits_per_byte,
+                values=dict(state.values),
+                plugins_on=list(state.plugins_on),
+                **{name: metric.tolist() for name, metric in seen.items()},
+                **extra,
             )
             self.report.line(
                 f"step {state.step}: held-out loss {scored.loss:.4f} nats a token, {scored.bits_per_byte:.4f} bits a byte"
@@ -344,27 +378,37 @@ class Trainer:
             self.scored = scored
         return scored
 
-    saved_at = -1
-
     def _save(self) -> None:
         with self._watch.paused():
             save_checkpoint(
-                self.out, config=self.config, resolved=self.resolved, model=self.model, optimizer=self.optimizer,
-                tokenizer=self.tokenizer, state=self.state, hooks=self.hooks.save_state(self.state),
-                corpus_digest=self.corpus.digest, keep_last=self.config.training.keep_last,
+                self.out,
+                config=self.config,
+                resolved=self.resolved,
+                model=self.model,
+                optimizer=self.optimizer,
+                tokenizer=self.tokenizer,
+                state=self.state,
+                hooks=self.hooks.save_state(self.state),
+                corpus_digest=self.corpus.digest,
+                keep_last=self.config.training.keep_last,
             )
             self.saved_at = self.state.step
 
     def _finish(self) -> RunResult:
         if self._stop and self.state.step < self.state.max_steps:
-            self.report.line(f"stopped at step {self.state.step}; saved in {self.out}; go on with --resume auto --out {self.out}")
-        if getattr(self, "scored", None) is None:
-            self.scored = Score(math.nan, math.nan, 0)
+            self.report.line(
+                f"stopped at step {self.state.step}; saved in {self.out}; go on with --resume auto --out {self.out}"
+            )
         picture = plot_run(self.out) if self.config.monitoring.plot else None
         write_card(
-            self.out, self.config, self.resolved,
-            {"steps": self.state.step, "held-out loss (nats a token)": f"{self.scored.loss:.4f}",
-             "held-out bits a byte": f"{self.scored.bits_per_byte:.4f}"},
+            self.out,
+            self.config,
+            self.resolved,
+            {
+                "steps": self.state.step,
+                "held-out loss (nats a token)": f"{self.scored.loss:.4f}",
+                "held-out bits a byte": f"{self.scored.bits_per_byte:.4f}",
+            },
         )
         interrupted = self._stop and self.state.step < self.state.max_steps
         return RunResult(
