@@ -9,7 +9,7 @@ import pytest
 from apt.core.config import APTConfig
 from apt.core.profile import load_profile
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PROFILES = ROOT / "profiles"
 
 

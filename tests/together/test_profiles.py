@@ -14,7 +14,7 @@ from apt.core.profile import dump_profile, load_profile
 from apt.core.schema import profile_schema
 from apt.modeling.compose import ModelBuilder
 
-PROFILES = Path(__file__).parent.parent / "profiles"
+PROFILES = Path(__file__).parents[2] / "profiles"
 NAMES = sorted(path.name for path in PROFILES.glob("*.yaml"))
 
 
