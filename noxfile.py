@@ -6,16 +6,16 @@ what it declares and the test tools.
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import nox
 
 nox.options.default_venv_backend = "venv"
-nox.options.sessions = ["tests"]
+nox.options.sessions = ["lint", "imports", "types", "tests", "docs"]
 
 DISTRIBUTIONS = ("apt-core", "apt-attention-tva", "apt-moe", "apt-align", "apt-rag")
 SOURCES = [f"{name}/src" for name in DISTRIBUTIONS]
-PYTHON_CODE = [*SOURCES, *(f"{name}/tests" for name in DISTRIBUTIONS), "noxfile.py", "tests"]
 TEST_TOOLS = ("pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis", "jsonschema", "beartype")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 WHEELS = Path("dist")
@@ -41,12 +41,51 @@ def install(session: nox.Session, names: tuple[str, ...], *tools: str) -> None:
 
 
 @nox.session
-@nox.parametrize("distribution", DISTRIBUTIONS)
-def tests(session: nox.Session, distribution: str) -> None:
-    """One distribution from its wheel, with apt-core where it needs it and nothing else of ours."""
-    names = ("apt-core",) if distribution == "apt-core" else ("apt-core", distribution)
-    install(session, names, *TEST_TOOLS)
-    session.run("pytest", "-q", "-n", "2", f"{distribution}/tests", *session.posargs, env=ENVIRONMENT)
+@nox.parametrize("packages", [*DISTRIBUTIONS, "together"])
+def tests(session: nox.Session, packages: str) -> None:
+    """One distribution from its wheel, with apt-core where it needs it and nothing else of ours; then all of them."""
+    if packages == "together":
+        install(session, DISTRIBUTIONS, *TEST_TOOLS)
+        folders = ["tests"]
+    else:
+        install(session, tuple(dict.fromkeys(("apt-core", packages))), *TEST_TOOLS)
+        folders = [f"{packages}/tests"]
+    session.run("pytest", "-q", "-n", "2", *folders, *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Every block of code in the README and the docs runs."""
+    install(session, DISTRIBUTIONS, *TEST_TOOLS, "sybil>=9")
+    session.run("pytest", "-q", "docs", "README.md", env=ENVIRONMENT)
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """mypy --strict over the five packages."""
+    install(session, DISTRIBUTIONS, "mypy>=1.18", "types-PyYAML", "types-psutil")
+    session.run("mypy", *SOURCES)
+
+
+@nox.session
+def imports(session: nox.Session) -> None:
+    """Who may import whom; and that everything which only looks at profiles works where PyTorch is not installed."""
+    wheels = build(session)
+    session.install("--quiet", "--no-deps", *(wheels[name] for name in DISTRIBUTIONS))
+    session.install("--quiet", *without_torch("apt-core"), "import-linter>=2.5")
+    session.run("lint-imports")
+    session.run("apt-core", "--help", silent=True)
+    session.run("apt-core", "providers")
+    session.run("apt-core", "doctor")
+    session.run("apt-core", "schema", silent=True)
+    for profile in sorted(Path("profiles").glob("*.yaml")):
+        session.run("apt-core", "check", str(profile), silent=True)
+
+
+def without_torch(name: str) -> list[str]:
+    """What a distribution requires, but for PyTorch."""
+    requires: list[str] = tomllib.loads(Path(name, "pyproject.toml").read_text())["project"]["dependencies"]
+    return [requirement for requirement in requires if not requirement.startswith("torch")]
 
 
 @nox.session
