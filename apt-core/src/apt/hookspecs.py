@@ -68,7 +68,10 @@ class Hooks:
 
     @hookspec
     def apt_config_resolved(self, config: APTConfig) -> None:
-        """The profile is validated and its providers are known; nothing is built yet."""
+        """The profile is validated and its providers are known; nothing is built, and PyTorch is not loaded yet.
+
+        Raise `ProfileError` for what cannot work; `apt-core check` reports it with all other faults.
+        """
 
     @hookspec
     def apt_model_built(self, config: APTConfig, model: Decoder) -> None:

@@ -6,17 +6,30 @@ the values; resolve the providers. All faults are reported together, each with t
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from apt.core import yaml
-from apt.core.config import PREDECESSOR, APTConfig, Choice, Debug, Evaluation, Hardware, Monitoring, Section, Training
+from apt.core.config import (
+    PREDECESSOR,
+    APTConfig,
+    Choice,
+    Data,
+    Debug,
+    Evaluation,
+    Hardware,
+    Monitoring,
+    Section,
+    Training,
+)
 from apt.core.legacy import KINDS, translate
 from apt.core.local import LocalCode
+from apt.core.options import below, mistyped
 from apt.core.registry import Registry
 from apt.core.registry import registry as installed
 from apt.core.resolve import Resolved, resolve_config
@@ -92,20 +105,19 @@ def load_profile(
     faults += more
     registry = installed if registry is None else registry
     registry.allow_local_code(LocalCode(path.parent, anywhere=allow_local_code))
-    config, more = _validate(flat, merged.values, registry)
+    config, more, whole = _validate(flat, merged.values, registry)
     faults += more
     resolved: Resolved | None = None
-    if config is not None:
+    if whole:
         faults += _across_fields(config)
-        if resolve:
-            try:
-                resolved = resolve_config(config, registry)
-            except ProfileError as error:
-                faults += error.faults
+    if resolve:
+        try:
+            resolved = resolve_config(config, registry, whole=whole)
+        except ProfileError as error:
+            faults += error.faults
     origins = {_dotted(key): origin for key, origin in merged.origins.items()}
     if faults:
         raise ProfileError([_placed(fault, origins, str(path)) for fault in dict.fromkeys(faults)])
-    assert config is not None
     return Profile(config, merged.values, origins, tuple(notes), resolved, tuple(files))
 
 
@@ -343,26 +355,51 @@ def _mapping(values: Mapping[str, Value], key: str) -> dict[str, Value]:
 
 def _validate(
     flat: dict[str, object], values: Mapping[str, Value], registry: Registry
-) -> tuple[APTConfig | None, list[Fault]]:
-    try:
-        config = APTConfig.model_validate(flat)
-    except ValidationError as error:
-        return None, [
-            Fault(
-                _document_path(detail["loc"]),
-                f"{detail['input']!r} is not allowed",
-                detail["msg"][:1].lower() + detail["msg"][1:],
-            )
-            for detail in error.errors(include_url=False)
-        ]
-    faults: list[Fault] = []
+) -> tuple[APTConfig, list[Fault], bool]:
+    """The configuration without those of its values that are refused, their faults, and whether it is whole."""
+    flat, faults = dict(flat), _mistyped(flat)
+    for fault in faults:
+        _remove(flat, fault.where.split("."))
+    found = [Fault(_document_path(fault.where.split(".")), fault.what, fault.hint) for fault in faults]
+    while True:
+        try:
+            config = APTConfig.model_validate(flat)
+            break
+        except ValidationError as error:
+            for detail in error.errors(include_url=False):
+                message = detail["msg"][:1].lower() + detail["msg"][1:]
+                what = f"{reprlib.repr(detail['input'])} is not allowed"
+                found.append(Fault(_document_path(detail["loc"]), what, message))
+                _remove(flat, detail["loc"])
     if "vocab_size" not in _mapping(values, "model"):
         try:
             tokenizer = registry.resolve("tokenizer", config.data.tokenizer).provider
         except ProviderError:
-            return config, faults  # reported with the others when the providers are resolved
+            return config, found, not found  # reported with the others when the providers are resolved
         config = config.model_copy(update={"vocab_size": tokenizer.get_vocab_size()})  # type: ignore[attr-defined]
-    return config, faults
+    return config, found, not found
+
+
+def _mistyped(flat: Mapping[str, object]) -> list[Fault]:
+    """Values that pydantic would quietly turn into another type, by their path in `APTConfig`."""
+    faults = mistyped(APTConfig, flat)
+    sections: dict[str, type[BaseModel]] = {**SECTIONS, "data": Data}
+    for name, section in sections.items():
+        inner = flat.get(name)
+        if isinstance(inner, Mapping):
+            faults += [below(name, fault) for fault in mistyped(section, inner)]
+    return faults
+
+
+def _remove(flat: dict[str, object], path: Sequence[int | str]) -> None:
+    """Take out what stands at `path`, or the nearest thing around it."""
+    first, *rest = path
+    inner = flat.get(str(first))
+    if rest and isinstance(inner, dict) and rest[0] in inner:
+        flat[str(first)] = inner = dict(inner)
+        _remove(inner, rest)
+    else:
+        flat.pop(str(first), None)
 
 
 def _across_fields(config: APTConfig) -> list[Fault]:

@@ -19,7 +19,17 @@ from apt.core.provider import Provider
 from apt.core.providers import AttentionProvider, FFNProvider, Plugin, TokenizerProvider
 from apt.core.registry import Registry, Resolution
 from apt.core.schedules import SWITCH, Schedule
-from apt.errors import Fault, OptionsError, PluginError, ProfileError, ProviderError, ScheduleError, nearest
+from apt.errors import (
+    Fault,
+    FaultsError,
+    OptionsError,
+    PluginError,
+    ProfileError,
+    ProviderError,
+    ScheduleError,
+    UserError,
+    nearest,
+)
 
 NOT_IN_A_DECODER = {"noncausal": "a decoder may not see the tokens that it is to predict"}
 
@@ -43,9 +53,12 @@ class Resolved:
             yield resolution.where, resolution.provider
 
 
-def resolve_config(config: APTConfig, registry: Registry | None = None) -> Resolved:
-    """The providers of a profile. Raises `ProfileError` with every fault."""
-    return _Resolver(config, registry or _global()).resolve()
+def resolve_config(config: APTConfig, registry: Registry | None = None, *, whole: bool = True) -> Resolved:
+    """The providers of a profile. Raises `ProfileError` with every fault.
+
+    Where the configuration is not `whole`, since values of it were refused, nothing is said that may follow from that.
+    """
+    return _Resolver(config, _global() if registry is None else registry).resolve(whole)
 
 
 def walk(provider: Provider, where: str = "") -> Iterator[tuple[str, Provider]]:
@@ -82,7 +95,7 @@ class _Resolver:
         self.incomplete = False
         """Some provider could not be had, so it is not known which values there are to schedule."""
 
-    def resolve(self) -> Resolved:
+    def resolve(self, whole: bool) -> Resolved:
         config = self.config
         providers: dict[str, Provider] = {}
         for kind in ("attention", "ffn"):
@@ -98,10 +111,13 @@ class _Resolver:
         for resolution in self.resolutions:
             for value in resolution.provider.scheduled:
                 scheduled.setdefault(value, resolution.provider)
-        self._check_sizes(providers)
+        if whole:
+            self._check_sizes(providers)
         self._check_exclusions()
         self._check_schedules(scheduled)
         self._check_vocabulary(providers.get("tokenizer"))
+        if whole and not self.faults:
+            self._ask(plugins)
         if self.faults:
             raise ProfileError(self.faults)
         return Resolved(providers, plugins, tuple(self.resolutions), scheduled)
@@ -145,6 +161,16 @@ class _Resolver:
                 self.faults.append(Fault("plugins", str(error)))
             plugins[name] = plugin
         return plugins
+
+    def _ask(self, plugins: Mapping[str, Plugin]) -> None:
+        """Let each plugin refuse what it cannot work with."""
+        for name, plugin in plugins.items():
+            try:
+                HookRunner({name: plugin}).hook.apt_config_resolved(config=self.config)
+            except FaultsError as error:
+                self.faults += error.faults
+            except UserError as error:
+                self.faults.append(Fault("plugins", f"{name}: {error}"))
 
     def _check_sizes(self, providers: Mapping[str, Provider]) -> None:
         """Whether the layers can have the model's sizes; what counts their parameters knows."""

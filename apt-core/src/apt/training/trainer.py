@@ -124,7 +124,6 @@ class Trainer:
 
     def _prepare(self) -> None:
         config = self.config
-        self.hooks.hook.apt_config_resolved(config=config)
         if config.hardware.threads is not None:
             torch.set_num_threads(config.hardware.threads)
         self.device = _device(config)
