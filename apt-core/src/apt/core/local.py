@@ -5,8 +5,9 @@ Running a file that a profile names is running a stranger's program, so it needs
    in that profile's folder or below it, links followed; or
 2. ``--allow-local-code`` was given: then any file; a relative name is looked for in the profile's folder, then in the
    current one.
-A checkpoint's profile is never given on the command line, so only the flag lets its code run. The digest of what was
-run is recorded; the bytes that are hashed are the bytes that are run.
+A checkpoint holds a copy of the code that it was trained with (`kept_name`). Its profile is never given on the command
+line, so only the flag lets that code run. The digest of what was run is recorded; the bytes that are hashed are the
+bytes that are run.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from urllib.parse import quote
 
 from apt.core.discovery import FILE, ProviderRecord
 from apt.errors import ProviderBrokenError, ProviderDisabledError, ProviderNotFoundError
 
 _LOCAL = re.compile(r"(?P<file>.*\.py):(?P<attribute>[A-Za-z_]\w*)")
+_CODE = "__apt_code__"
 HOW = "give the profile on the command line from the folder that holds the file, or add --allow-local-code"
 
 
@@ -38,6 +41,11 @@ def is_local(name: str) -> bool:
     return _LOCAL.fullmatch(name) is not None
 
 
+def kept_name(name: str) -> str:
+    """What the copy of the file is called in a checkpoint: one name for each path, without folders."""
+    return "local-" + quote(name.rpartition(":")[0].removeprefix("./"), safe="")
+
+
 def read_local(kind: str, name: str, leave: LocalCode | None) -> tuple[ProviderRecord, bytes]:
     """The record of local code and the bytes of its file; nothing is run.
 
@@ -51,7 +59,8 @@ def read_local(kind: str, name: str, leave: LocalCode | None) -> tuple[ProviderR
     folder = leave.folder.resolve()
     path = (folder / match["file"]).resolve()
     if leave.anywhere and not path.is_file():
-        path = Path(match["file"]).resolve()
+        kept = folder / kept_name(name)
+        path = kept if kept.is_file() else Path(match["file"]).resolve()
     if not leave.anywhere and not path.is_relative_to(folder):
         raise ProviderDisabledError(kind, name, f"{name}: {path} lies outside of {folder}; {HOW}")
     try:
@@ -65,16 +74,27 @@ def read_local(kind: str, name: str, leave: LocalCode | None) -> tuple[ProviderR
     return record, code
 
 
+def code_of(record: ProviderRecord) -> bytes:
+    """The bytes that were run for a record, whatever has become of its file."""
+    code: bytes = vars(sys.modules[_module_name(record)])[_CODE]
+    return code
+
+
+def _module_name(record: ProviderRecord) -> str:
+    return f"apt_local_{hashlib.sha256(record.path.encode()).hexdigest()[:8]}_{record.sha256[:12]}"
+
+
 def run_local(record: ProviderRecord, code: bytes) -> object:
     """Run the file once for each content, and return what the record names in it.
 
     Raises `ProviderBrokenError` where it cannot be run or holds no such thing.
     """
-    module_name = f"apt_local_{hashlib.sha256(record.path.encode()).hexdigest()[:8]}_{record.sha256[:12]}"
+    module_name = _module_name(record)
     module = sys.modules.get(module_name)
     if module is None:
         module = ModuleType(module_name)
         module.__file__ = record.path
+        vars(module)[_CODE] = code
         sys.modules[module_name] = module  # classes in it look up their annotations there
         try:
             exec(compile(code, record.path, "exec"), module.__dict__)

@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from apt.core.config import APTConfig
+from apt.core.local import code_of, kept_name
 from apt.core.lock import Lock, check_lock, make_lock
 from apt.core.profile import dump_profile, read_resolved
 from apt.core.providers import Tokenizer, TokenizerProvider
+from apt.core.resolution import record_of
 from apt.core.resolve import Resolved, resolve_config
 from apt.errors import CheckpointError
 from apt.hookspecs import RunState
@@ -98,6 +100,10 @@ def save_checkpoint(
         }
         (temporary / STATE).write_text(json.dumps(saved, indent=1))
         tokenizer.save(temporary)
+        for resolution in resolved.resolutions:
+            record = record_of(resolution.provider)
+            if record.sha256:
+                (temporary / kept_name(record.name)).write_bytes(code_of(record))
         digests = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps(digests, indent=1))
         for path in temporary.iterdir():
