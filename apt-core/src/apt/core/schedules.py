@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from apt.core.config import APTConfig
+from apt.core.config import APTConfig, Training
 from apt.errors import ScheduleError, nearest
 
 Unit = Literal["epoch", "step"]
@@ -105,6 +105,13 @@ class Piecewise(BaseModel):
                 return ramp.at(position - begin, max(1, end - begin))
             begin = end
         return self.segments[-1].end
+
+
+def run_length(training: Training, steps_per_epoch: int) -> tuple[int, int]:
+    """Steps and epochs of a run: whichever limit comes first ends it."""
+    by_epochs = math.inf if training.max_epochs is None else training.max_epochs * steps_per_epoch
+    max_steps = int(min(by_epochs, math.inf if training.max_steps is None else training.max_steps))
+    return max_steps, training.max_epochs or math.ceil(max_steps / steps_per_epoch)
 
 
 Entry = Annotated[Ramp | Piecewise, Field(union_mode="left_to_right")]

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from apt.core.config import APTConfig
 from apt.core.providers import Document, Tokenizer
 from apt.errors import DataError
 
@@ -82,6 +83,15 @@ def require(split: TokenSplit, name: Split, seq_len: int) -> None:
             f"data: the {name} split has {len(split.tokens)} tokens in {split.num_documents} documents, fewer than "
             f"max_seq_len + 1 = {seq_len + 1}; give more text, or lower model.max_seq_len"
         )
+
+
+def steps_per_epoch(config: APTConfig, num_tokens: int) -> int:
+    """Optimizer steps an epoch: as the profile says, else as many as see every window of the training split once."""
+    training = config.training
+    if training.steps_per_epoch is not None:
+        return training.steps_per_epoch
+    batches = (num_tokens - 1) // config.max_seq_len // training.batch_size
+    return max(1, batches // training.accumulate)
 
 
 def training_texts(corpus: Corpus) -> Iterable[str]:

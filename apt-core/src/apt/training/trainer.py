@@ -28,9 +28,9 @@ from apt.core.lock import Lock, check_lock, make_lock
 from apt.core.profile import dump_profile
 from apt.core.providers import DataProvider, Tokenizer, TokenizerProvider
 from apt.core.resolve import Resolved, resolve_config
-from apt.core.schedules import Schedule
+from apt.core.schedules import Schedule, run_length
 from apt.data.batches import Batches, windows
-from apt.data.corpus import Corpus, TokenSplit, require, training_texts
+from apt.data.corpus import Corpus, TokenSplit, require, steps_per_epoch, training_texts
 from apt.errors import AptError, CheckpointError, UserError
 from apt.hookspecs import Batch, RunState
 from apt.layers import Output
@@ -145,8 +145,8 @@ class Trainer:
         self.validation = self._split("validation")
         training = config.training
         self.batches = Batches(self.train_split, config.max_seq_len, training.batch_size, training.seed)
-        self.steps_per_epoch = training.steps_per_epoch or max(1, self.batches.batches_per_pass // training.accumulate)
-        max_steps, max_epochs = _length(config, self.steps_per_epoch)
+        self.steps_per_epoch = steps_per_epoch(config, len(self.train_split.tokens))
+        max_steps, max_epochs = run_length(training, self.steps_per_epoch)
         self.state = RunState(0, 0, max_steps, max_epochs)
         random.seed(training.seed)
         np.random.seed(training.seed)
@@ -473,11 +473,3 @@ def _device(config: APTConfig) -> torch.device:
     if asked == "cuda" and not torch.cuda.is_available():
         raise UserError("hardware.device: cuda is asked for, but PyTorch sees no GPU; use auto or cpu")
     return torch.device("cuda" if asked == "cuda" or (asked == "auto" and torch.cuda.is_available()) else "cpu")
-
-
-def _length(config: APTConfig, steps_per_epoch: int) -> tuple[int, int]:
-    """Steps and epochs of the run: whichever limit comes first."""
-    training = config.training
-    by_epochs = math.inf if training.max_epochs is None else training.max_epochs * steps_per_epoch
-    max_steps = int(min(by_epochs, math.inf if training.max_steps is None else training.max_steps))
-    return max_steps, training.max_epochs or math.ceil(max_steps / steps_per_epoch)
