@@ -56,9 +56,9 @@ class BiState(AlignProvider):
         if self.state == "layer" and self.alpha == 0 and self.beta > 0:
             raise ValueError("state layer: with alpha: 0 the map from the earlier layer learns nothing; set alpha")
         for option, state in (("layer", "layer"), ("decay", "ema")):
-            if option in self.model_fields_set and self.state != state:
+            if self.state != state and getattr(self, option) != type(self).model_fields[option].default:
                 raise ValueError(f"{option} is an option of state {state}, but the state is {self.state}")
-        if self.state == "ema" and "beta" in self.model_fields_set and self.beta != 0:
+        if self.state == "ema" and self.beta not in (0, type(self).model_fields["beta"].default):
             raise ValueError("state ema: the averaged weights follow by themselves and get no gradient; set beta: 0")
         return self
 

@@ -41,9 +41,10 @@ class SDPA(AttentionProvider):
         return 2 * seq_len * self.get_parameter_count(d_model, num_heads) + 4 * seq_len**2 * d_model
 
     def get_memory_estimate(self, seq_len: int, d_model: int, num_heads: int, batch_size: int = 1) -> int:
-        """The input, q, k and v as they are turned, the output and each row's log-sum-exp."""
+        """The input, q, k, v, the output and each row's log-sum-exp; with positions, turned q and k, and the output anew."""
         kv_heads, width = self._sizes(d_model, num_heads)
-        numbers = 2 * d_model + (num_heads + 2 * kv_heads) * width + num_heads
+        turned = (num_heads + kv_heads) * width + d_model if self.rope_theta else 0
+        numbers = 2 * d_model + (num_heads + 2 * kv_heads) * width + turned + num_heads
         angles = seq_len * width * 4 if self.rope_theta else 0
         return 4 * batch_size * seq_len * numbers + angles
 

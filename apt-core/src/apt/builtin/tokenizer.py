@@ -108,6 +108,7 @@ class BPETokenizer:
     """A trained BPE of the `tokenizers` library."""
 
     def __init__(self, trained: Trained) -> None:
+        trained.encode_special_tokens = True  # as text: a document that speaks of <eos> does not end there
         self._trained = trained
         self.vocab_size = int(trained.get_vocab_size())
 

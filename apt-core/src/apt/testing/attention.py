@@ -1,0 +1,149 @@
+"""Checks of attention: what may be seen, where the tokens stand, and that decoding is the same computation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import apt.testing.modules  # noqa: F401  its checks are attention's too
+from apt.core.providers import AttentionProvider
+from apt.testing.kit import NotApplicable, Subject, check, demand
+from apt.testing.measure import demand_close
+from apt.testing.modules import D_MODEL, HEADS, SEQ, Bench, output, states
+
+CPU = torch.device("cpu")
+
+
+@check("attention")
+def causality(subject: Subject) -> None:
+    """Noise from token t on leaves the outputs before t as they were, for every t, in training and evaluation."""
+    layer = Bench(subject).layer()
+    for training in (False, True):
+        layer.train(training)
+        x = states(2, SEQ)
+        right = output(layer(x))
+        for t in range(1, SEQ):
+            changed = torch.cat((x[:, :t], 1e3 * states(2, SEQ - t, seed=t)), 1)
+            seen = output(layer(changed))[:, :t]
+            demand_close(seen, right[:, :t], f"tokens from {t} on were changed, and earlier outputs moved", 1e-5)
+
+
+@check("attention")
+def sees_itself_and_the_past(subject: Subject) -> None:
+    """Each output depends on its own token and on each earlier one."""
+    x = states(1, 6).requires_grad_()
+    mixed = output(Bench(subject).layer()(x))
+    for t in range(6):
+        (gradient,) = torch.autograd.grad(mixed[0, t].sum(), x, retain_graph=True)
+        unseen = [s for s in range(t + 1) if not gradient[0, s].any()]
+        demand(not unseen, f"output {t} does not depend on tokens {unseen}")
+
+
+@check("attention")
+def mask_polarity(subject: Subject) -> None:
+    """True in the mask means keep: a token that is masked out changes nothing, a kept one does."""
+    _needs_masks(subject)
+    layer, x = Bench(subject).layer(), states(1, SEQ)
+    mask = torch.ones(1, SEQ, dtype=torch.bool)
+    demand_close(output(layer(x, mask=mask)), output(layer(x)), "a mask that keeps everything")
+    mask[:, 3] = False
+    changed = x.clone()
+    changed[:, 3] = 1e3
+    kept = [t for t in range(SEQ) if t != 3]
+    demand_close(
+        output(layer(changed, mask=mask))[:, kept],
+        output(layer(x, mask=mask))[:, kept],
+        "token 3 is False in the mask, and its content still matters; True is keep",
+    )
+    mask = torch.zeros(1, SEQ, dtype=torch.bool)
+    mask[:, [0, SEQ - 1]] = True
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(output(layer(x, mask=mask))[0, -1].sum(), x)
+    demand(gradient[0, 0].any(), "token 0 is True in the mask, and does not matter; True is keep")
+
+
+@check("attention")
+def padding(subject: Subject) -> None:
+    """Padding on either side, with the positions given, changes nothing."""
+    _needs_masks(subject)
+    layer, x, pad = Bench(subject).layer(), states(2, SEQ), 4
+    for real in (slice(pad, None), slice(None, -pad)):
+        mask = torch.zeros(2, SEQ, dtype=torch.bool)
+        mask[0] = True
+        mask[1, real] = True
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        padded = x.clone()
+        padded[1, ~mask[1]] = 1e3
+        seen = output(layer(padded, mask=mask, positions=positions))
+        side = "left" if real.start else "right"
+        demand_close(seen[1:, real], output(layer(x[1:, real])), f"a sequence padded on the {side} and alone")
+        demand_close(seen[:1], output(layer(x[:1])), f"its unpadded neighbour, padding on the {side}")
+
+
+@check("attention")
+def decoding(subject: Subject) -> None:
+    """Read in portions with a cache, a sequence gives what one pass gives."""
+    provider = _decoder(subject)
+    layer, x = Bench(subject).layer(), states(2, SEQ)
+    whole = output(layer(x))
+    for portions in ([1] * SEQ, [5, 1, 3, 1, 1, 2], [SEQ - 1, 1]):
+        cache = layer.create_cache(2, SEQ, torch.float32, CPU)  # type: ignore[operator]
+        parts: list[Tensor] = []
+        done = 0
+        for portion in torch.split(x, portions, 1):
+            demand(cache.length == done, f"the cache has read {done} tokens and says {cache.length}")
+            parts.append(output(layer(portion, cache=cache)))
+            done += portion.shape[1]
+        demand_close(torch.cat(parts, 1), whole, f"{provider.get_name()} read in portions of {portions}")
+
+
+@check("attention")
+def decoding_with_padding(subject: Subject) -> None:
+    """With left padding too, decoding from a cache gives what one pass gives."""
+    _decoder(subject)
+    _needs_masks(subject)
+    layer, x = Bench(subject).layer(), states(2, SEQ)
+    mask = torch.ones(2, SEQ, dtype=torch.bool)
+    mask[1, :5] = False
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    whole = output(layer(x, mask=mask, positions=positions))
+    cache = layer.create_cache(2, SEQ, torch.float32, CPU)  # type: ignore[operator]
+    parts = [
+        output(layer(x[:, a:b], mask=mask[:, :b], positions=positions[:, a:b], cache=cache))
+        for a, b in ((0, 8), (8, 9), (9, 12), (12, SEQ))
+    ]
+    demand_close(torch.cat(parts, 1)[mask], whole[mask], "decoding of a padded batch")
+
+
+@check("attention")
+def cache_size(subject: Subject) -> None:
+    """get_cache_size is the number of numbers that the cache keeps for a token."""
+    provider = _decoder(subject)
+    cache = Bench(subject).layer().create_cache(2, 10, torch.float32, CPU)  # type: ignore[operator]
+    tensors = [each for each in vars(cache).values() if isinstance(each, Tensor) and each.is_floating_point()]
+    if not any(each.numel() for each in tensors):
+        raise NotApplicable("the cache allocates as it goes, or keeps its tensors elsewhere")
+    said, kept = provider.get_cache_size(D_MODEL, HEADS), sum(each.numel() for each in tensors) // 20
+    demand(said == kept, f"the provider says {said} numbers a token, the cache has {kept}")
+
+
+@check("attention")
+def output_width(subject: Subject) -> None:
+    """get_output_dim is the width of the output."""
+    provider = subject.provider
+    assert isinstance(provider, AttentionProvider)
+    said, seen = provider.get_output_dim(D_MODEL), output(Bench(subject).layer()(states(1, 2))).shape[-1]
+    demand(said == seen, f"the provider says {said}, the layer gives {seen}")
+
+
+def _needs_masks(subject: Subject) -> None:
+    assert isinstance(subject.provider, AttentionProvider)
+    if not subject.provider.supports_masking():
+        raise NotApplicable("supports_masking() is False")
+
+
+def _decoder(subject: Subject) -> AttentionProvider:
+    assert isinstance(subject.provider, AttentionProvider)
+    if not subject.provider.supports_kv_cache():
+        raise NotApplicable("supports_kv_cache() is False")
+    return subject.provider

@@ -1,0 +1,281 @@
+"""Each fault that authors make is put into a working layer, and the check that is made for it must find it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from apt.core.providers import AttentionProvider, FFNProvider, RouterProvider
+from apt.core.registry import Registry
+from apt.layers import Part
+from apt.layers.rope import rotate
+from apt.testing import check_provider
+
+
+class Cache:
+    def __init__(self) -> None:
+        self.k, self.v = torch.empty(0), torch.empty(0)
+        self.length = 0
+
+
+class Explicit(nn.Module):
+    """Attention written out, with one fault."""
+
+    def __init__(self, d_model: int, heads: int, dropout: float, fault: str) -> None:
+        super().__init__()
+        self.heads, self.fault, self.dropout = heads, fault, dropout
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+        if fault == "dead parameter":
+            self.unused = nn.Parameter(torch.ones(3))
+        if fault == "hidden state":
+            self.gain = torch.rand(()) + 0.5  # neither a parameter nor a buffer
+
+    def forward(self, x, *, causal=True, mask=None, positions=None, memory=None, cache=None):
+        fault, start = self.fault, 0 if cache is None else cache.length
+        if positions is None:
+            first = 0 if fault == "positions restart at each portion" else start
+            positions = torch.arange(first, first + x.shape[1]).unsqueeze(0)
+        q, k, v = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in self.qkv(x).chunk(3, -1))
+        q, k = rotate(q, positions, 1e4), rotate(k, positions, 1e4)
+        if cache is not None:
+            if start:
+                last = -1 if fault == "cache off by one" else None
+                k, v = torch.cat((cache.k[:, :, :last], k), 2), torch.cat((cache.v[:, :, :last], v), 2)
+            cache.k, cache.v = k, v
+            cache.length += x.shape[1]
+        scores = q @ k.transpose(-1, -2) / (q.shape[-1] ** 0.5)
+        seen = self._seen(x.shape[1], k.shape[2], mask)
+        weights = scores.masked_fill(~seen, -1e9).softmax(-2 if fault == "softmax over queries" else -1)
+        if fault == "mean over the batch":
+            weights = weights - 0.1 * weights.mean(0, keepdim=True)
+        noisy = self.training or fault == "dropout in evaluation"
+        weights = nn.functional.dropout(weights, 0.0 if fault == "dropout is not read" else self.dropout, noisy)
+        mixed = self.out((weights @ v).transpose(1, 2).flatten(2))
+        if fault == "mean over time":
+            mixed = mixed + 0.1 * x.mean(1, keepdim=True)
+        if fault == "hidden state":
+            mixed = mixed * self.gain
+        return mixed
+
+    def _seen(self, seq: int, kv: int, mask: Tensor | None) -> Tensor:
+        shift = {"sees the next token": 1, "does not see itself": -1}.get(self.fault, 0)
+        offset = 0 if self.fault == "top-left causality when decoding" else kv - seq
+        seen = torch.ones(seq, kv, dtype=torch.bool).tril(offset + shift)
+        if mask is not None:
+            mask = mask[:, -kv:]
+            seen = seen & (~mask if self.fault == "inverted mask" else mask)[:, None, None]
+        return seen
+
+    def create_cache(self, batch, max_seq_len, dtype, device):
+        return Cache()
+
+
+class Faulty(AttentionProvider):
+    """Attention written out, with one fault."""
+
+    fault: str = Field(default="", description="what is wrong with it")
+
+    def create_layer(self, d_model, num_heads, dropout=0.0):
+        return Explicit(d_model, num_heads, dropout, self.fault)
+
+    def get_parameter_count(self, d_model, num_heads):
+        return 4 * d_model**2 + (3 if self.fault == "dead parameter" else 0)
+
+    def get_flops_estimate(self, seq_len, d_model, num_heads):
+        flops = 8 * seq_len * d_model**2 + 4 * seq_len**2 * d_model
+        return flops // 2 if self.fault == "half of the operations" else flops
+
+    def get_memory_estimate(self, seq_len, d_model, num_heads, batch_size=1):
+        return 1
+
+    def get_cache_size(self, d_model, num_heads):
+        return 2 * d_model
+
+
+def failures(kind: str, provider: type, **options: object) -> set[str]:
+    registry = Registry()
+    registry.register(kind, "under_test", provider)
+    return set(check_provider(kind, "under_test", options, registry).failures)
+
+
+def test_without_a_fault_only_the_memory_estimate_fails_which_is_made_up() -> None:
+    assert failures("attention", Faulty) == {"memory_estimate"}
+
+
+@pytest.mark.parametrize(
+    ("fault", "check"),
+    [
+        ("inverted mask", "mask_polarity"),
+        ("inverted mask", "padding"),
+        ("sees the next token", "causality"),
+        ("does not see itself", "sees_itself_and_the_past"),
+        ("top-left causality when decoding", "decoding"),
+        ("cache off by one", "decoding"),
+        ("positions restart at each portion", "decoding"),
+        ("softmax over queries", "causality"),
+        ("mean over the batch", "samples_are_independent"),
+        ("mean over time", "causality"),
+        ("dead parameter", "gradients"),
+        ("hidden state", "state_dict"),
+        ("hidden state", "meta_device"),
+        ("dropout in evaluation", "deterministic"),
+        ("dropout is not read", "dropout_is_used"),
+        ("half of the operations", "flops_estimate"),
+    ],
+)
+def test_a_fault_of_attention_is_found_by_the_check_that_is_made_for_it(fault: str, check: str) -> None:
+    assert check in failures("attention", Faulty, fault=fault)
+
+
+class Mapped(nn.Module):
+    """A feed-forward network with one fault."""
+
+    def __init__(self, d_model: int, d_ff: int, dropout: float, fault: str) -> None:
+        super().__init__()
+        self.fault, self.dropout = fault, dropout
+        self.up, self.down = nn.Linear(d_model, d_ff, bias=False), nn.Linear(d_ff, d_model, bias=False)
+        if fault == "detached branch":
+            self.branch = nn.Linear(d_model, d_model, bias=False)
+
+    def forward(self, x, *, mask=None):
+        hidden = self.up(x).relu()
+        if self.fault == "norm over the sequence":
+            hidden = hidden / (1 + hidden.square().mean(1, keepdim=True))
+        mixed = nn.functional.dropout(self.down(hidden), self.dropout, self.training)
+        if self.fault == "detached branch":
+            mixed = mixed + self.branch(x).detach()
+        if self.fault == "the future pushes out" and self.training:
+            kept = hidden.mean(-1) >= hidden.mean(-1).median(-1, keepdim=True).values
+            mixed = mixed * kept.unsqueeze(-1)
+        if self.fault == "a loss that counts padding":
+            return Part(mixed, {"size": mixed.square().mean()})
+        if self.fault == "a detached loss":
+            return Part(mixed, {"size": mixed.square().mean().detach()})
+        return mixed
+
+
+class FaultyFFN(FFNProvider):
+    """A feed-forward network with one fault."""
+
+    fault: str = Field(default="", description="what is wrong with it")
+
+    def create_layer(self, d_model, d_ff, dropout=0.0, activation="gelu"):
+        return Mapped(d_model, d_ff, dropout, self.fault)
+
+    def get_parameter_count(self, d_model, d_ff):
+        return 2 * d_model * d_ff + (d_model**2 if self.fault == "detached branch" else 0)
+
+    def get_flops_estimate(self, seq_len, d_model, d_ff):
+        return 2 * seq_len * self.get_parameter_count(d_model, d_ff)
+
+    def get_memory_estimate(self, seq_len, d_model, d_ff, batch_size=1):
+        return 4 * batch_size * seq_len * (d_model + d_ff)
+
+
+def test_a_feed_forward_network_without_a_fault_passes() -> None:
+    assert failures("ffn", FaultyFFN) == set()
+
+
+@pytest.mark.parametrize(
+    ("fault", "check"),
+    [
+        ("norm over the sequence", "tokens_are_independent"),
+        ("detached branch", "gradients"),
+        ("the future pushes out", "causal_in_training"),
+        ("a loss that counts padding", "padding_leaves_no_trace"),
+        ("a detached loss", "losses_are_scalars"),
+    ],
+)
+def test_a_fault_of_an_ffn_is_found_by_the_check_that_is_made_for_it(fault: str, check: str) -> None:
+    assert check in failures("ffn", FaultyFFN, fault=fault)
+
+
+class Scores(nn.Module):
+    def __init__(self, d_model: int, experts: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(d_model, experts, bias=False)
+
+
+class FaultyRouter(RouterProvider):
+    """A softmax router with one fault."""
+
+    fault: str = Field(default="", description="what is wrong with it")
+
+    def create_router(self, d_model, num_experts, top_k=2):
+        return Scores(d_model, num_experts)
+
+    def route(self, router, inputs, train=True, mask=None):
+        fault = self.fault
+        with torch.autocast("cpu", enabled=False):
+            logits = router.gate(inputs.float())
+        probabilities = (logits / (1 if fault != "mean over the batch" else logits.std(0))).softmax(-1)
+        weights, indices = probabilities.topk(self.top_k, -1)
+        if fault == "one expert twice":
+            indices = indices[..., :1].expand_as(indices)
+        if fault == "renormalised top-1" or self.top_k > 1:
+            weights = weights / weights.sum(-1, keepdim=True)
+        if fault == "weights above 1":
+            weights = 2 * weights
+        if fault == "detached router":
+            weights = weights.detach()
+        counted = torch.ones(inputs.shape[:2], dtype=torch.bool) if mask is None or "padding" in fault else mask
+        loss = self.compute_load_balance_loss(
+            logits[counted], nn.functional.one_hot(indices[counted], logits.shape[-1]).sum(1).float()
+        )
+        losses = {} if fault in ("renormalised top-1", "detached router") else {"balance": loss}
+        return indices, weights, losses
+
+    def compute_load_balance_loss(self, router_logits, expert_mask):
+        experts = router_logits.shape[-1]
+        share = expert_mask.mean(0) / expert_mask.sum(-1).mean()
+        if self.fault == "load-balance loss without the load":
+            share = torch.full_like(share, 1 / experts)
+        return experts * (share * router_logits.softmax(-1).mean(0)).sum()
+
+    def get_parameter_count(self, d_model, num_experts):
+        return d_model * num_experts
+
+
+def test_a_router_without_a_fault_passes() -> None:
+    assert failures("router", FaultyRouter) == set()
+
+
+@pytest.mark.parametrize(
+    ("fault", "options", "check"),
+    [
+        ("one expert twice", {}, "choices"),
+        ("weights above 1", {}, "weights"),
+        ("detached router", {}, "learns"),
+        ("renormalised top-1", {"top_k": 1}, "learns"),
+        ("mean over the batch", {}, "calm_in_evaluation"),
+        ("padding counts", {}, "losses"),
+        ("load-balance loss without the load", {}, "balance"),
+    ],
+)
+def test_a_fault_of_a_router_is_found_by_the_check_that_is_made_for_it(
+    fault: str, options: dict[str, object], check: str
+) -> None:
+    assert check in failures("router", FaultyRouter, fault=fault, **options)
+
+
+class Silent(FFNProvider):
+    option: int = 3
+
+    def create_layer(self, d_model, d_ff, dropout=0.0, activation="gelu"):
+        return Mapped(d_model, d_ff, dropout, "")
+
+    def get_parameter_count(self, d_model, d_ff):
+        return 2 * d_model * d_ff
+
+    def get_flops_estimate(self, seq_len, d_model, d_ff):
+        return 4 * seq_len * d_model * d_ff
+
+    def get_memory_estimate(self, seq_len, d_model, d_ff, batch_size=1):
+        return 4 * batch_size * seq_len * (d_model + d_ff)
+
+
+def test_a_provider_that_says_nothing_of_itself_is_found() -> None:
+    assert failures("ffn", Silent) == {"description"}

@@ -1,0 +1,14 @@
+"""apt-core's kit, on the mixture and on every router."""
+
+from __future__ import annotations
+
+from apt.testing import conformance
+
+test_moe = conformance("ffn.moe")
+test_moe_with_capacity = conformance("ffn.moe", {"experts": 4, "capacity": 1.25})
+test_moe_of_gated_experts = conformance("ffn.moe", {"upcycle": False, "expert": "swiglu"})
+test_topk_default = conformance("router.topk_default")
+test_noisy_topk = conformance("router.noisy_topk")
+test_switch = conformance("router.switch")
+test_sigmoid_bias = conformance("router.sigmoid_bias")
+test_plugin = conformance("plugin.moe")
