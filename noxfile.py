@@ -12,7 +12,7 @@ from pathlib import Path
 import nox
 
 nox.options.default_venv_backend = "venv"
-nox.options.sessions = ["lint", "imports", "types", "tests", "docs"]
+nox.options.sessions = ["lint", "imports", "types", "tests", "template", "docs"]
 
 DISTRIBUTIONS = ("apt-core", "apt-attention-tva", "apt-moe", "apt-align", "apt-rag")
 SOURCES = [f"{name}/src" for name in DISTRIBUTIONS]
@@ -51,6 +51,13 @@ def tests(session: nox.Session, packages: str) -> None:
         install(session, tuple(dict.fromkeys(("apt-core", packages))), *TEST_TOOLS)
         folders = [f"{packages}/tests"]
     session.run("pytest", "-q", "-n", "2", *folders, *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session
+def template(session: nox.Session) -> None:
+    """The package to copy, as its README says."""
+    install(session, ("apt-core",), *TEST_TOOLS, "./template")
+    session.run("pytest", "-q", "template/tests", env=ENVIRONMENT)
 
 
 @nox.session

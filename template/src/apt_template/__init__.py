@@ -1,0 +1,1 @@
+"""A feed-forward network for APT."""
