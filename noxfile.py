@@ -64,7 +64,7 @@ def template(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Every block of code in the README and the docs runs."""
     install(session, DISTRIBUTIONS, *TEST_TOOLS, "sybil>=9")
-    session.run("pytest", "-q", "docs", "README.md", env=ENVIRONMENT)
+    session.run("pytest", "-q", "-p", "blocks", "docs", "README.md", env={**ENVIRONMENT, "PYTHONPATH": "docs"})
 
 
 @nox.session

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import torch
+from apt_template.provider import Template
 
 from apt.testing import conformance
-from apt_template.provider import Template
 
 test_conformance = conformance("ffn.template")
 test_conformance_of_another_power = conformance("ffn.template", {"power": 1})

@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from apt.layers import Part, as_part
 from apt.testing.kit import demand
 
-
 ROUNDING = 1e-6
 """The inputs are of size 1; a gradient that is smaller everywhere says nothing."""
 
@@ -72,7 +71,9 @@ def demand_gradients(module: nn.Module) -> None:
             assert parameter.grad is not None
             demand(parameter.grad.isfinite().all(), f"the gradient of {full} is not finite")
             size = parameter.grad.abs().max().item()
-            demand(size > ROUNDING, f"the gradient of {full} is nothing but rounding ({size:.0e}): it is detached, or dead")
+            demand(
+                size > ROUNDING, f"the gradient of {full} is nothing but rounding ({size:.0e}): it is detached, or dead"
+            )
 
 
 def demand_close(seen: Tensor, right: Tensor, message: str, tolerance: float = 1e-4) -> None:
