@@ -1,4 +1,4 @@
-"""Every block of code in the docs runs: Python as it stands, in one namespace a page; YAML that has a `name` as a whole profile."""
+"""Every block of code in the docs runs: Python in one namespace a page, YAML that has a `name` as a whole profile."""
 
 from __future__ import annotations
 
