@@ -70,7 +70,7 @@ def docs(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """mypy --strict over the five packages."""
-    install(session, DISTRIBUTIONS, "mypy>=1.18", "types-PyYAML", "types-psutil")
+    install(session, DISTRIBUTIONS, "mypy>=1.18", "pytest>=8", "types-PyYAML", "types-psutil")
     session.run("mypy", *SOURCES)
 
 

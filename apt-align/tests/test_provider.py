@@ -64,7 +64,7 @@ def test_each_state_has_its_usual_metric(state: str, metric: str) -> None:
         ({"state": "layer", "alpha": 0}, "the map from the earlier layer learns nothing"),
         ({"layer": 1}, "layer is an option of state layer, but the state is dropout"),
         ({"decay": 0.9}, "decay is an option of state ema, but the state is dropout"),
-        ({"state": "ema", "beta": 0.2}, "get no gradient; set beta: 0"),
+        ({"state": "ema", "beta": 0.3}, "get no gradient; set beta: 0"),
     ],
 )
 def test_options_that_could_not_act_are_refused(options: dict[str, object], message: str) -> None:

@@ -3,6 +3,7 @@
 A plugin implements those that it wants, as methods marked `hookimpl`, with any subset of the arguments. What may be
 changed arrives as an object that an implementation changes in place (`Batch`, `Prompt`, `NextToken`); everything else
 is for reading. Implementations run in the order of the profile's `plugins` list unless `tryfirst`/`trylast` says else.
+The hooks of epochs, steps, batches, losses, gradients and evaluations reach a plugin only while it is on.
 """
 
 from __future__ import annotations

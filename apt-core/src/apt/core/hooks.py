@@ -11,8 +11,8 @@ import inspect
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Generator, Mapping
+from typing import TYPE_CHECKING, cast
 
 import pluggy
 
@@ -29,6 +29,13 @@ logger = logging.getLogger(__name__)
 
 SPECIFIED = {name: inspect.signature(value) for name, value in vars(Hooks).items() if name.startswith("apt_")}
 MARK = f"{PROJECT}_impl"
+WHILE_ON = frozenset(
+    {
+        *("apt_epoch_start", "apt_epoch_end", "apt_step_start", "apt_batch_prepare", "apt_loss_extra"),
+        *("apt_gradients_ready", "apt_step_end", "apt_evaluation_start", "apt_evaluation_end"),
+    }
+)
+"""Hooks that a plugin gets only while it is on."""
 
 
 class HookRunner:
@@ -86,10 +93,8 @@ class HookRunner:
                 continue
             hook = options.get("specname") or attribute
             self._check(origin, hook, function)
-            bound = getattr(plugin, attribute)
-            wrapped = (
-                _wrapper(origin, hook, bound, options) if options.get("wrapper") else self._call(origin, hook, bound)
-            )
+            guard = _Guard(name, origin, hook, getattr(plugin, attribute), self._trace)
+            wrapped = guard.around() if options.get("wrapper") else guard.call()
             setattr(wrapped, MARK, options)
             setattr(guarded, attribute, wrapped)
         return guarded
@@ -105,65 +110,92 @@ class HookRunner:
                 parts = [f"{origin}: the hook {hook} has no argument {argument!r}", hint, f"it has: {', '.join(known)}"]
                 raise PluginError("; ".join(filter(None, parts)))
 
-    def _call(self, origin: str, hook: str, bound: Callable[..., object]) -> Callable[..., object]:
-        trace = self._trace
-        takes_state = "state" in inspect.signature(bound).parameters
-
-        @functools.wraps(bound)
-        def call(*args: object, **kwargs: object) -> object:
-            start = time.perf_counter()
-            try:
-                return bound(*args, **kwargs)
-            except UserError as error:
-                error.add_note(f"said by {origin} in {hook}")
-                raise
-            except Exception as error:
-                state = args[_position(bound)] if takes_state else None
-                raise _failure(origin, hook, state, error) from error
-            finally:
-                if trace:
-                    logger.warning("%s %s took %.3f ms", origin, hook, 1000 * (time.perf_counter() - start))
-
-        return call
-
 
 class _Guarded:
-    """Holds wrapped hooks for pluggy."""
+    """Holds guarded hooks for pluggy."""
 
 
-def _position(bound: Callable[..., object]) -> int:
-    return list(inspect.signature(bound).parameters).index("state")
+class _Guard:
+    """One hook of one plugin: silent while the plugin is off, and its errors say where they come from."""
 
+    def __init__(self, plugin: str, origin: str, hook: str, bound: Callable[..., object], trace: bool) -> None:
+        self.plugin, self.origin, self.hook, self.bound, self.trace = plugin, origin, hook, bound, trace
+        self.wanted = list(inspect.signature(bound).parameters)
+        self.note = f"said by {origin} in {hook}"
+        # The state is asked for even where the plugin does not: it says what is on, and which step it is.
+        state = ["state"] if "state" in SPECIFIED[hook].parameters else []
+        self.given = [*state, *(name for name in self.wanted if name != "state")]
 
-def _failure(origin: str, hook: str, state: object, error: Exception) -> PluginError:
-    at = f" at step {state.step}" if isinstance(state, RunState) else ""
-    return PluginError(f"{origin} failed in {hook}{at}: {type(error).__name__}: {error}")
+    def call(self) -> Callable[..., object]:
+        """For a hook that is called."""
 
-
-def _wrapper(origin: str, hook: str, bound: Callable[..., object], options: object) -> Callable[..., object]:
-    """A generator hook around the others; only its own errors are named, those of the others pass."""
-
-    @functools.wraps(bound)
-    def around(*args: object, **kwargs: object) -> object:
-        generator = bound(*args, **kwargs)
-        try:
-            next(generator)  # type: ignore[call-overload]
-        except Exception as error:
-            raise _failure(origin, hook, None, error) from error
-        try:
-            result = yield
-        except BaseException as inner:
+        @functools.wraps(self.bound)
+        def call(*values: object) -> object:
+            arguments = dict(zip(self.given, values, strict=True))
+            if self._is_off(arguments):
+                return None
+            start = time.perf_counter()
             try:
-                generator.throw(inner)  # type: ignore[attr-defined]
+                return self.bound(*(arguments[name] for name in self.wanted))
+            except UserError as error:
+                error.add_note(self.note)
+                raise
+            except Exception as error:
+                raise self._failure(arguments, error) from error
+            finally:
+                if self.trace:
+                    logger.warning("%s %s took %.3f ms", self.origin, self.hook, 1000 * (time.perf_counter() - start))
+
+        return self._signed(call)
+
+    def around(self) -> Callable[..., object]:
+        """For a generator around the other hooks; only its own errors are named, those of the others pass."""
+
+        @functools.wraps(self.bound)
+        def around(*values: object) -> object:
+            arguments = dict(zip(self.given, values, strict=True))
+            if self._is_off(arguments):
+                return (yield)
+            generator = cast("Generator[object, object, object]", self.bound(*(arguments[n] for n in self.wanted)))
+            try:
+                next(generator)
+            except UserError as error:
+                error.add_note(self.note)
+                raise
+            except Exception as error:
+                raise self._failure(arguments, error) from error
+            try:
+                result = yield
+            except BaseException as inner:
+                try:
+                    generator.throw(inner)
+                except StopIteration as stop:
+                    return stop.value
+                raise
+            try:
+                generator.send(result)
             except StopIteration as stop:
                 return stop.value
-            raise
-        try:
-            generator.send(result)  # type: ignore[attr-defined]
-        except StopIteration as stop:
-            return stop.value
-        except Exception as error:
-            raise _failure(origin, hook, None, error) from error
-        raise PluginError(f"{origin}: the wrapper {hook} yields more than once")
+            except UserError as error:
+                error.add_note(self.note)
+                raise
+            except Exception as error:
+                raise self._failure(arguments, error) from error
+            raise PluginError(f"{self.origin}: the wrapper {self.hook} yields more than once")
 
-    return around
+        return self._signed(around)
+
+    def _signed(self, function: Callable[..., object]) -> Callable[..., object]:
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        signature = inspect.Signature([inspect.Parameter(name, kind) for name in self.given])
+        function.__signature__ = signature  # type: ignore[attr-defined]
+        return function
+
+    def _is_off(self, arguments: Mapping[str, object]) -> bool:
+        state = arguments.get("state")
+        return self.hook in WHILE_ON and isinstance(state, RunState) and self.plugin not in state.plugins_on
+
+    def _failure(self, arguments: Mapping[str, object], error: Exception) -> PluginError:
+        state = arguments.get("state")
+        at = f" at step {state.step}" if isinstance(state, RunState) else ""
+        return PluginError(f"{self.origin} failed in {self.hook}{at}: {type(error).__name__}: {error}")

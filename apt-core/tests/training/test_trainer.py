@@ -1,0 +1,268 @@
+"""The loop: what it does at each step, what it refuses, and what it leaves behind."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from pydantic import PrivateAttr
+from rich.console import Console
+from torch import nn
+
+from apt.core.config import APTConfig
+from apt.core.discovery import discover
+from apt.core.profile import load_profile
+from apt.core.providers import FFNProvider, Plugin
+from apt.core.registry import Registry
+from apt.core.resolve import resolve_config
+from apt.errors import AptError, PluginError, ProofOfUseError, UserError
+from apt.hookspecs import hookimpl
+from apt.training.record import read_metrics
+from apt.training.trainer import RunResult, Trainer
+
+
+class Layer(nn.Module):
+    """A feed-forward layer with a branch that a plugin switches on."""
+
+    def __init__(self, d_model: int, fault: str) -> None:
+        super().__init__()
+        self.active, self.fault = True, fault
+        self.dense, self.branch = nn.Linear(d_model, d_model), nn.Linear(d_model, d_model)
+        self.register_buffer("gain", torch.tensor(1.0))
+
+    def forward(self, x, *, mask=None):
+        y = self.dense(x)
+        if not self.active:
+            return y
+        if self.fault == "branch is not used":
+            return y + 0 * x
+        if self.fault == "branch is detached":
+            return y + self.branch(x).detach()
+        if self.fault == "not a number":
+            return y + self.branch(x) * float("nan")
+        return y + self.gain * self.branch(x)
+
+    def idle(self):
+        return [] if self.active else [self.branch]
+
+
+class Switched(FFNProvider):
+    """A branch beside a dense layer."""
+
+    switched_by: ClassVar[str | None] = "watch"
+    scheduled: ClassVar = {"gain": "gain"}
+    fault: str = ""
+
+    def create_layer(self, d_model, d_ff, dropout=0.0, activation="gelu"):
+        return Layer(d_model, self.fault)
+
+    def get_parameter_count(self, d_model, d_ff):
+        return 2 * d_model * (d_model + 1)
+
+    def get_flops_estimate(self, seq_len, d_model, d_ff):
+        return 4 * seq_len * d_model**2
+
+    def get_memory_estimate(self, seq_len, d_model, d_ff, batch_size=1):
+        return 4 * batch_size * seq_len * d_model
+
+
+class Watch(Plugin):
+    """Writes down each hook, and the scheduled buffers at each step."""
+
+    stumble: str = ""
+    _calls: list[str] = PrivateAttr(default_factory=list)
+    _gains: list[float] = PrivateAttr(default_factory=list)
+    _model: Any = PrivateAttr(default=None)
+
+    def _note(self, name: str) -> None:
+        self._calls.append(name)
+        if name == self.stumble:
+            raise RuntimeError("stumbled")
+
+    @hookimpl
+    def apt_model_built(self, model):
+        self._model = model
+        self._note("model_built")
+
+    @hookimpl
+    def apt_training_start(self, state):
+        self._note("training_start")
+
+    @hookimpl
+    def apt_training_end(self, state):
+        self._note("training_end")
+
+    @hookimpl
+    def apt_epoch_start(self, state):
+        self._note("epoch_start")
+
+    @hookimpl
+    def apt_epoch_end(self, state):
+        self._note("epoch_end")
+
+    @hookimpl
+    def apt_phase_changed(self, state, plugin):
+        self._note(f"phase_changed {plugin} at {state.step}")
+
+    @hookimpl
+    def apt_step_start(self, state):
+        self._note("step_start")
+        self._gains += [module.gain.item() for module in self._model.modules() if isinstance(module, Layer)][:1]
+
+    @hookimpl
+    def apt_loss_extra(self, state, output):
+        self._note("loss_extra")
+        return {"z": 1e-4 * output.logits.square().mean()}
+
+    @hookimpl
+    def apt_gradients_ready(self, state):
+        self._note("gradients_ready")
+
+    @hookimpl
+    def apt_step_end(self, state, metrics):
+        self._note("step_end")
+        metrics["own"] = float(state.step)
+
+
+def train(profile: Path, out: Path, *sets: str, console: Console | None = None, **options: Any) -> RunResult:
+    registry = Registry(discover)
+    registry.register("ffn", "switched", Switched)
+    registry.register("plugin", "watch", Watch)
+    loaded = load_profile(profile, sets=sets, registry=registry)
+    quiet = Console(file=io.StringIO()) if console is None else console
+    return Trainer(loaded.config, out, resolved=loaded.resolved, console=quiet, **options).fit()
+
+
+WATCHED = ("model.ffn={provider: switched}", "plugins=[watch]", "schedules.enable_watch_at_epoch=1")
+
+
+def test_a_run_leaves_a_folder_that_describes_itself(profile_file: Path, tmp_path: Path) -> None:
+    result = train(profile_file, tmp_path / "run", "monitoring.plot=true")
+    names = {path.name for path in result.folder.iterdir()}
+    assert names >= {"resolved.yaml", "record.json", "metrics.jsonl", "README.md", "latest", "loss.png", "step-000008"}
+    assert (result.folder / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    record = json.loads((result.folder / "record.json").read_text())
+    assert {"where": "model.ffn", "kind": "ffn", "asked": "default", "used": "default", "why": ""}.items() <= (
+        record["providers"][1].items()
+    )
+    assert (
+        load_profile(result.folder / "resolved.yaml").config
+        == load_profile(profile_file, sets=["monitoring.plot=true"]).config
+    )
+    assert math.isfinite(result.validation.loss)
+    assert f"{result.validation.loss:.4f}" in (result.folder / "README.md").read_text()
+
+
+def test_training_learns(profile_file: Path, tmp_path: Path) -> None:
+    train(profile_file, tmp_path / "run", "training.steps_per_epoch=60")
+    losses = [event["loss"] for event in read_metrics(tmp_path / "run") if event["event"] == "train"]
+    assert losses[-1] < losses[0] - 1
+
+
+def test_the_metrics_hold_what_the_contract_says(profile_file: Path, tmp_path: Path) -> None:
+    train(profile_file, tmp_path / "run", *WATCHED, "schedules.gain={start: 1, end: 2, by: step}")
+    events = read_metrics(tmp_path / "run")
+    step = next(event for event in events if event["event"] == "train" and event["step"] == 5)
+    assert {"epoch", "split", "loss", "loss_z", "learning_rate", "tokens_per_second", "own"} <= step.keys()
+    assert step["values"] == {"gain": 1.5}
+    assert step["plugins_on"] == ["watch"]
+    held_out = [event for event in events if event["event"] == "evaluation"]
+    assert [event["step"] for event in held_out] == [4, 8]
+    assert all(event["bits_per_byte"] > 0 for event in held_out)
+
+
+def test_hooks_come_in_order_and_a_switch_is_told_to_its_plugin(profile_file: Path, tmp_path: Path) -> None:
+    result = train(profile_file, tmp_path / "run", *WATCHED)
+    calls = result.resolved.plugins["watch"]._calls  # type: ignore[attr-defined]
+    step = ["step_start", "loss_extra", "gradients_ready", "step_end"]
+    assert calls == [
+        *("model_built", "training_start", "phase_changed watch at 4"),
+        *("epoch_start", *(step * 4), "epoch_end", "training_end"),
+    ]
+
+
+def test_scheduled_values_reach_the_module_at_every_step(profile_file: Path, tmp_path: Path) -> None:
+    result = train(profile_file, tmp_path / "run", *WATCHED, "schedules.gain={start: 1, end: 2, by: step}")
+    assert result.resolved.plugins["watch"]._gains == [1 + step / 8 for step in range(4, 8)]  # type: ignore[attr-defined]
+
+
+def test_what_is_off_gets_no_gradient_no_decay_and_no_step(profile_file: Path, tmp_path: Path) -> None:
+    sets = [*WATCHED, "training.weight_decay=0.5", "schedules.enable_watch_at_epoch=2"]
+    short = train(profile_file, tmp_path / "short", *sets, "training.max_steps=2")
+    long = train(profile_file, tmp_path / "long", *sets)
+    for one, other in zip(short.model.modules(), long.model.modules(), strict=True):
+        if isinstance(one, Layer) and isinstance(other, Layer):
+            assert torch.equal(one.branch.weight, other.branch.weight)
+            assert not torch.equal(one.dense.weight, other.dense.weight)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("branch is not used", r"ffn.switched \(\(registered\).*its parameter branch.weight got no gradient"),
+        ("branch is detached", r"blocks.0.ffn: its parameter branch.weight got no gradient"),
+    ],
+)
+def test_what_is_switched_on_and_does_not_learn_stops_the_run(
+    profile_file: Path, tmp_path: Path, fault: str, message: str
+) -> None:
+    with pytest.raises(ProofOfUseError, match=message):
+        train(profile_file, tmp_path / "run", *WATCHED, f"model.ffn.fault={fault}")
+    assert (tmp_path / "run" / "step-000004" / "manifest.json").is_file()
+
+
+def test_a_gradient_that_is_not_finite_stops_with_step_and_place(profile_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(AptError, match=r"step 4: the gradient is not finite .*micro-batches 4 to 4.*blocks"):
+        train(profile_file, tmp_path / "run", *WATCHED, "model.ffn.fault=not a number")
+
+
+@pytest.mark.parametrize("hook", ["model_built", "step_start", "loss_extra", "phase_changed watch at 4"])
+def test_a_plugin_that_fails_is_named_with_hook_and_distribution(profile_file: Path, tmp_path: Path, hook: str) -> None:
+    with pytest.raises(PluginError, match=rf"plugin 'watch' .*\(registered\).*apt_{hook.split()[0]}.*stumbled"):
+        train(profile_file, tmp_path / "run", *WATCHED, f"plugins=[{{watch: {{stumble: {hook}}}}}]")
+
+
+def test_accumulated_micro_batches_are_one_large_batch(profile_file: Path, tmp_path: Path) -> None:
+    large = train(profile_file, tmp_path / "large", "training.batch_size=4")
+    small = train(profile_file, tmp_path / "small", "training.batch_size=2", "training.accumulate=2")
+    one, other = large.model.state_dict(), small.model.state_dict()
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, atol=1e-5, rtol=1e-5)
+
+
+def test_bf16_and_compiled_runs_end(profile_file: Path, tmp_path: Path) -> None:
+    result = train(profile_file, tmp_path / "run", "training.precision=bf16")
+    assert math.isfinite(result.validation.loss)
+    assert all(parameter.dtype == torch.float32 for parameter in result.model.parameters())
+
+
+def test_too_little_text_is_an_error_that_says_so(profile_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "little.txt").write_text("abc")
+    with pytest.raises(UserError, match=r"the train split has .* tokens in 1 documents, fewer than"):
+        train(profile_file, tmp_path / "run", f"data.path={tmp_path / 'little.txt'}")
+
+
+def test_a_gpu_that_is_not_there_is_refused(profile_file: Path, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UserError, match="cuda is asked for, but PyTorch sees no GPU; use auto or cpu"):
+        train(profile_file, tmp_path / "run", "hardware.device=cuda")
+
+
+def test_where_there_is_no_terminal_lines_are_printed(profile_file: Path, tmp_path: Path) -> None:
+    output = io.StringIO()
+    train(profile_file, tmp_path / "run", *WATCHED, console=Console(file=output))
+    assert "step 4: watch on; held-out loss of one batch" in output.getvalue()
+    assert "step 8: held-out loss" in output.getvalue()
+
+
+def test_a_config_alone_is_enough(profile_file: Path, tmp_path: Path) -> None:
+    config = APTConfig.from_yaml(profile_file)
+    resolved = resolve_config(config)
+    assert Trainer(config, tmp_path / "run", console=Console(file=io.StringIO())).fit().state.step == 8
+    assert set(resolved.providers) == {"attention", "ffn", "data", "tokenizer"}
