@@ -255,6 +255,8 @@ def _unknown_keys(values: Mapping[str, Value]) -> list[Fault]:
     keys: dict[str, tuple[str, ...]] = {name: tuple(section.model_fields) for name, section in SECTIONS.items()}
     keys["training"] += tuple(RENAMED)
     keys["model"] = (*MODEL, *KINDS)
+    if not isinstance(values.get("data", {}), dict):
+        faults.append(Fault("data", f"{values['data']!r} is not a mapping", "such as data: {source: stdlib}"))
     for section, allowed in keys.items():
         inner = values.get(section, {})
         if isinstance(inner, dict):
@@ -304,7 +306,8 @@ def _flatten(values: Mapping[str, Value]) -> tuple[dict[str, object], list[Fault
     data = dict(_mapping(values, "data"))
     if "tokenizer" in data:
         try:
-            data["tokenizer"] = to_choice(data["tokenizer"]).model_dump()
+            tokenizer = to_choice(data["tokenizer"])
+            data["tokenizer"] = {**tokenizer.model_dump(), "provider": tokenizer.provider or Data().tokenizer.provider}
         except ValueError as error:
             faults.append(Fault("data.tokenizer", str(error)))
             del data["tokenizer"]

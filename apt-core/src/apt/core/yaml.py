@@ -23,6 +23,7 @@ Key = tuple[str | int, ...]
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 40
+MAX_DIGITS = 300
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _INT = re.compile(r"[-+]?\d+|0x[0-9a-fA-F]+|0o[0-7]+")
 _FLOAT = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?")
@@ -88,7 +89,7 @@ def parse_scalar(text: str) -> Value:
     """A plain scalar as YAML 1.2's core schema reads it."""
     if text in _WORDS:
         return _WORDS[text]
-    if _INT.fullmatch(text):
+    if _INT.fullmatch(text) and len(text) <= MAX_DIGITS:
         return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
     if _FLOAT.fullmatch(text):
         return float(text)
@@ -141,6 +142,8 @@ class _Reader:
             return
         plain = not event.style  # None from the Python parser, '' from the C one
         text = self._substitute(event) if "${" in event.value else event.value
+        if plain and len(text) > MAX_DIGITS and _INT.fullmatch(text):
+            raise self._fault(event, f"a number of {len(text)} digits", f"numbers have at most {MAX_DIGITS}")
         self._put(event, parse_scalar(text) if plain else text)
 
     def _substitute(self, event: yaml.ScalarEvent) -> str:

@@ -1,0 +1,236 @@
+"""Profiles: inheritance, the command line, and every kind of mistake with its place."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from apt.core.discovery import discover
+from apt.core.profile import Profile, dump_profile, load_profile, to_choice
+from apt.core.registry import Registry
+from apt.errors import ProfileError
+
+BASE = """\
+name: base
+model:
+  d_model: 32
+  num_heads: 4
+  attention: {provider: sdpa, num_kv_heads: 2}
+  ffn: swiglu
+training: {max_epochs: 2, learning_rate: 3e-5}
+data: {source: stdlib}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "base.yaml").write_text(BASE)
+    return tmp_path
+
+
+def load(path: Path, **options: object) -> Profile:
+    return load_profile(path, registry=Registry(discover), **options)  # type: ignore[arg-type]
+
+
+def faults(path: Path, **options: object) -> str:
+    with pytest.raises(ProfileError) as caught:
+        load(path, **options)
+    return str(caught.value).replace(f"{path.parent}/", "")
+
+
+def faults_of(folder: Path, text: str, **options: object) -> str:
+    (folder / "x.yaml").write_text(text)
+    return faults(folder / "x.yaml", **options)
+
+
+def test_values_come_from_the_file_and_know_their_place(folder: Path) -> None:
+    profile = load(folder / "base.yaml")
+    assert profile.config.d_model == 32
+    assert profile.config.base_lr == 3e-5
+    assert profile.config.attention_name == "sdpa"
+    assert profile.config.get_provider_config("attention") == {"num_kv_heads": 2}
+    assert profile.origin("model.attention.num_kv_heads").endswith("base.yaml:5:45")
+    assert profile.origin("model.dropout") == "default"
+    assert profile.resolved is not None
+    assert profile.resolved.providers["attention"].num_kv_heads == 2  # type: ignore[attr-defined]
+
+
+def test_where_the_vocabulary_is_not_stated_it_is_the_tokenizers(folder: Path) -> None:
+    assert load(folder / "base.yaml").config.vocab_size == 259
+    assert load(folder / "base.yaml", sets=["model.vocab_size=300"]).config.vocab_size == 300
+    assert "258 is too small: the tokenizer byte has 259 ids" in faults(
+        folder / "base.yaml", sets=["model.vocab_size=258"]
+    )
+
+
+def test_a_profile_inherits_through_a_chain(folder: Path) -> None:
+    (folder / "sub").mkdir()
+    (folder / "sub" / "middle.yaml").write_text("base: ../base.yaml\nmodel: {d_model: 64, ffn: {provider: swiglu}}\n")
+    (folder / "top.yaml").write_text("base: sub/middle.yaml\nname: top\nmodel: {attention: {num_kv_heads: 4}}\n")
+    profile = load(folder / "top.yaml")
+    config = profile.config
+    assert (config.name, config.d_model, config.ffn_name) == ("top", 64, "swiglu")
+    assert config.get_provider_config("attention") == {"num_kv_heads": 4}
+    assert profile.origin("model.d_model").endswith("middle.yaml:2:18")
+    assert profile.origin("training.learning_rate").endswith("base.yaml:7:42")
+
+
+def test_another_provider_leaves_the_options_of_the_first_behind(folder: Path) -> None:
+    (folder / "top.yaml").write_text("base: base.yaml\nmodel: {ffn: {provider: default}}\n")
+    assert load(folder / "top.yaml").config.ffn_name == "default"
+    config = load(folder / "base.yaml", sets=["model.ffn={provider: default, bias: true}", "model.ffn.provider=swiglu"])
+    assert config.config.get_provider_config("ffn") == {}
+
+
+def test_a_circle_of_bases_is_refused(folder: Path) -> None:
+    (folder / "a.yaml").write_text("base: b.yaml\n")
+    (folder / "b.yaml").write_text("base: a.yaml\n")
+    assert "inherits from itself: a.yaml -> b.yaml -> a.yaml" in faults(folder / "a.yaml")
+
+
+def test_a_base_that_is_missing_or_no_path_is_refused(folder: Path) -> None:
+    assert "nope.yaml: cannot be read: No such file" in faults_of(folder, "base: nope.yaml\n")
+    assert "x.yaml:1:7: base: 3 is not the path of a profile" in faults_of(folder, "base: 3\n")
+
+
+def test_set_changes_any_value_and_is_its_origin(folder: Path) -> None:
+    sets = ["model.d_model=64", "model.ffn.provider=default", "model.ffn.bias=true", "training.betas=[0.8, 0.9]"]
+    profile = load(folder / "base.yaml", sets=sets)
+    assert profile.config.d_model == 64
+    assert profile.config.get_provider_config("ffn") == {"bias": True}
+    assert profile.config.training.betas == (0.8, 0.9)
+    assert profile.origin("model.d_model") == "--set model.d_model=64"
+
+
+def test_the_plugins_of_the_command_line_replace_the_list(folder: Path) -> None:
+    text = BASE + "plugins: [nobody]\n"
+    assert "x.yaml:9:10: plugins: no plugin provider 'nobody' is installed" in faults_of(folder, text)
+    assert load(folder / "x.yaml", plugins=[]).config.plugins == ()
+
+
+@pytest.mark.parametrize("text", ["model.d_model", "=3", "", "...=1"])
+def test_a_set_that_is_no_assignment_is_refused(folder: Path, text: str) -> None:
+    assert "is not of the form a.b=value" in faults(folder / "base.yaml", sets=[text])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("trainig.max_epochs=3", "trainig: no such section; did you mean 'training'?"),
+        ("model.d_modl=3", "model.d_modl: no such option; did you mean 'd_model'?"),
+        ("training.learning_rat=1", "training.learning_rat: no such option; did you mean 'learning_rate'?"),
+        ("model.attention.num_kv_hads=2", "model.attention.num_kv_hads: no such option; did you mean 'num_kv_heads'?"),
+        ("model.d_model=0", "model.d_model: 0 is not allowed; input should be greater than or equal to 1"),
+        ("model.d_model=4.5", "model.d_model: 4.5 is not allowed"),
+        ("model.d_model=true", "model.d_model: True is not allowed; input should be a number"),
+        ("model.d_model='32'", "model.d_model: '32' is not allowed; input should be a number"),
+        ("model.d_model=null", "model.d_model: None is not allowed"),
+        ("model.dropout=1.0", "model.dropout: 1.0 is not allowed; input should be less than 1"),
+        ("model.dropout=1e999", "model.dropout: inf is not allowed"),
+        ("model.tie_embeddings=1", "model.tie_embeddings: 1 is not allowed; input should be true or false"),
+        ("model.activation=gleu", "model.activation: 'gleu' is not allowed; input should be 'gelu', 'relu' or 'silu'"),
+        ("training.batch_size=[2]", "training.batch_size: [2] is not allowed"),
+        ("training.compile=1", "training.compile: 1 is not allowed; input should be true or false"),
+        ("training.precision=fp16", "training.precision: 'fp16' is not allowed; input should be 'fp32' or 'bf16'"),
+        ("model.attention.num_kv_heads=0", "model.attention.num_kv_heads: 0 is not allowed"),
+        ("model.attention.num_kv_heads=true", "model.attention.num_kv_heads: True is not allowed"),
+        (
+            "model.attention.provider=spda",
+            "model.attention.provider: no attention provider 'spda' is installed; did you",
+        ),
+        ("model.attention={provider: flash_v9}", "model.attention.provider: no attention provider 'flash_v9'"),
+        ("model.attention=[1]", "model.attention: [1] is not a provider; give a name, or {provider: name"),
+        ("model.num_heads=3", "model.d_model: 32 is not a multiple of num_heads 3; such as 30"),
+        ("model.attention.num_kv_heads=3", "model.attention: num_heads 4 is not a multiple of num_kv_heads 3"),
+        ("model=[1]", "model: [1] is not a mapping; keys: architecture"),
+        ("training=3", "training: 3 is not a mapping"),
+        ("plugins=moe", "plugins: 'moe' is not a list; write plugins: [moe, align]"),
+        ("plugins=[3]", "plugins.0: 3 is not a plugin; give a name, or {name: {option: value}}"),
+        ("schedules=[1]", "schedules: [1] is not allowed"),
+        (
+            "schedules.enable_moe_at_epoch=1",
+            "schedules.enable_moe_at_epoch: the profile does not list the plugin 'moe'",
+        ),
+        ("schedules.route_temp={start: 1, end: 2}", "schedules.route_temp: this model has no such value; it has none"),
+        ("data={source: fils}", "data.source: no data provider 'fils' is installed; did you mean 'files'?"),
+        ("data={source: files}", "data.path: must be given"),
+        ("data.pth=x", "data.pth: no such option; options: none"),
+        (
+            "data.tokenizer=bite",
+            "data.tokenizer.provider: no tokenizer provider 'bite' is installed; did you mean 'byte'?",
+        ),
+        ("data.tokenizer={provider: byte, x: 1}", "data.tokenizer.x: no such option"),
+        ("training.max_epochs=null", "training: gives neither max_epochs nor max_steps; say how long to train"),
+        ("model.align=bistate_default", "model.align: is configured, but nothing switches it on; add it to plugins"),
+        ("name=3", "name: 3 is not allowed; input should be a valid string"),
+        ("extra=3", "extra: 3 is not allowed"),
+    ],
+)
+def test_a_mistake_is_told_with_its_place_its_path_and_what_would_be_right(
+    folder: Path, change: str, message: str
+) -> None:
+    seen = faults(folder / "base.yaml", sets=[change])
+    assert message in seen
+    assert f"--set {change}: " in seen or "base.yaml:" in seen
+
+
+def test_all_faults_are_told_at_once_in_the_order_of_their_kind(folder: Path) -> None:
+    text = """\
+name: bad
+trainig: {}
+model:
+  d_model: true
+  dropout: 2
+  attention: {provider: sdpa, num_kv_hads: 2}
+  ffn: swigl
+training: {max_epochs: 0, batch_size: x}
+schedules: {enable_moe_at_epoch: 1}
+data: {source: files}
+"""
+    places = re.findall(r"x\.yaml:(\d+):\d+: ([\w.]+)", faults_of(folder, text))
+    assert set(places) == {
+        ("2", "trainig"),
+        ("4", "model.d_model"),
+        ("5", "model.dropout"),
+        ("6", "model.attention.num_kv_hads"),
+        ("7", "model.ffn.provider"),
+        ("8", "training.max_epochs"),
+        ("8", "training.batch_size"),
+        ("9", "schedules.enable_moe_at_epoch"),
+        ("10", "data.path"),
+    }
+
+
+def test_a_fault_in_a_base_is_told_where_it_stands(folder: Path) -> None:
+    (folder / "base.yaml").write_text(BASE.replace("d_model: 32", "d_model: -1"))
+    assert faults_of(folder, "base: base.yaml\nname: x\n").startswith(
+        "base.yaml:3:12: model.d_model: -1 is not allowed"
+    )
+
+
+def test_a_stated_fallback_stands_in_and_is_recorded(folder: Path) -> None:
+    profile = load(folder / "base.yaml", sets=["model.attention={provider: flash_v9, fallback: [sdpa]}"])
+    assert profile.resolved is not None
+    found = next(each for each in profile.resolved.resolutions if each.where == "model.attention")
+    assert (found.asked, found.used) == ("flash_v9", "sdpa")
+    assert "flash_v9" in found.why
+
+
+def test_the_canonical_form_is_its_own(folder: Path) -> None:
+    config = load(folder / "base.yaml", sets=["extra.mine={x: [1, {y: 2}]}", "model.attention.fallback=[sdpa]"]).config
+    (folder / "again.yaml").write_text(dump_profile(config))
+    assert load(folder / "again.yaml").config == config
+
+
+def test_a_choice_is_a_name_or_a_mapping() -> None:
+    assert to_choice("sdpa").provider == "sdpa"
+    assert to_choice({"provider": "a", "fallback": "b", "r": 1}).model_dump() == {
+        "provider": "a",
+        "fallback": ("b",),
+        "options": {"r": 1},
+    }
+    for wrong in (3, None, [1], {"provider": 3}, {"provider": "a", "fallback": {"b": 1}}):
+        with pytest.raises(ValueError, match="provider"):
+            to_choice(wrong)  # type: ignore[arg-type]

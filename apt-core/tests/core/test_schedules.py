@@ -1,0 +1,145 @@
+"""Schedules: golden values, laws, and what is refused."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from apt.core.config import APTConfig, Training
+from apt.core.schedules import Piecewise, Ramp, Schedule, run_length
+from apt.errors import ScheduleError
+
+ROUTE = {"start": 1.5, "end": 0.8, "by": "epoch"}
+SHAPES = st.sampled_from(["linear", "exp", "cosine", "sqrt", "inverse_sqrt"])
+NUMBERS = st.floats(0.01, 100)
+
+
+@pytest.mark.parametrize(("shape", "value"), [("linear", 1.36), ("cosine", 1.4331), ("exp", 1.3228)])
+def test_the_golden_values(shape: str, value: float) -> None:
+    schedule = Schedule({"route_temp": {**ROUTE, "type": shape}})
+    assert schedule.get_param("route_temp", epoch=10, max_epochs=50) == pytest.approx(value, abs=1e-4)
+
+
+def test_the_golden_switch() -> None:
+    schedule = Schedule({"enable_moe_at_epoch": 2})
+    assert [schedule.should_enable_plugin("moe", epoch=epoch) for epoch in (0, 1, 2, 5)] == [False, False, True, True]
+    assert schedule.should_enable_plugin("another", epoch=0)
+
+
+def test_the_last_epoch_does_not_reach_the_end_value() -> None:
+    assert Schedule({"x": ROUTE}).get_param("x", epoch=49, max_epochs=50) == pytest.approx(0.814)
+
+
+@given(NUMBERS, NUMBERS, SHAPES, st.integers(1, 300), st.integers(0, 40), st.integers(0, 40))
+def test_a_ramp_stays_between_its_ends_and_never_turns(
+    start: float, end: float, shape: str, total: int, warmup: int, cooldown: int
+) -> None:
+    assume(warmup + cooldown < total)
+    ramp = Ramp(start=start, end=end, type=shape, warmup=warmup, cooldown=cooldown)  # type: ignore[arg-type]
+    course = [ramp.at(position, total) for position in range(total + 1)]
+    low, high = sorted((start, end))
+    assert all(low - 1e-9 * high <= value <= high + 1e-9 * high for value in course)
+    steps = [b - a for a, b in pairwise(course)]
+    assert all(step * (end - start) >= -1e-9 * high * abs(end - start) for step in steps)
+    assert course[: warmup + 1] == [start] * (warmup + 1)
+    assert course[total - cooldown :] == [end] * (cooldown + 1)
+
+
+@given(st.integers(2, 50), st.integers(1, 20))
+def test_by_epoch_a_value_stands_still_within_an_epoch(epochs: int, steps: int) -> None:
+    schedule = Schedule({"x": ROUTE})
+    at_start = [schedule.get_param("x", epoch=epoch, step=epoch * steps, max_epochs=epochs) for epoch in range(epochs)]
+    at_end = [
+        schedule.get_param("x", epoch=epoch, step=(epoch + 1) * steps - 1, max_epochs=epochs) for epoch in range(epochs)
+    ]
+    assert at_start == at_end
+
+
+def test_segments_follow_one_another() -> None:
+    pieces = Piecewise.model_validate(
+        {
+            "by": "step",
+            "segments": [
+                {"until": 10, "start": 0, "end": 1},
+                {"until": 20, "start": 1, "end": 1},
+                {"start": 1, "end": 3},
+            ],
+        }
+    )
+    assert [pieces.at(step, 40) for step in (0, 5, 10, 19, 20, 30, 40)] == [0, 0.5, 1, 1, 1, 2, 3]
+
+
+def test_a_list_is_a_schedule_of_segments_by_epoch() -> None:
+    schedule = Schedule({"x": [{"until": 2, "start": 0, "end": 2}, {"start": 5, "end": 5}]})
+    assert [schedule.get_param("x", epoch=epoch, max_epochs=4) for epoch in range(4)] == [0, 1, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"start": 1.0, "end": 0.0, "type": "exp"}, "exp needs start and end of one sign, neither of them 0"),
+        ({"start": -1.0, "end": 1.0, "type": "exp"}, "exp needs start and end of one sign"),
+        ({"start": 1.0}, "end: Field required"),
+        ({"start": 1.0, "end": 2.0, "by": "day"}, "by: Input should be 'epoch' or 'step'"),
+        ({"start": 1.0, "end": 2.0, "typ": "exp"}, "typ: Extra inputs are not permitted"),
+        ({"start": 1.0, "end": 2.0, "warmup": -1}, "warmup"),
+        ({"start": float("nan"), "end": 2.0}, "start"),
+        (3, "schedules.x"),
+        ([], "segments"),
+        ([{"start": 0, "end": 1}, {"start": 1, "end": 2}], "only the last segment may go on"),
+        ([{"until": 5, "start": 0, "end": 1}, {"until": 3, "start": 1, "end": 2}], "`until` must rise"),
+    ],
+)
+def test_what_is_not_well_formed_is_refused(entry: object, message: str) -> None:
+    with pytest.raises(ScheduleError, match=message):
+        Schedule({"x": entry})
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, True, "2", None])
+def test_a_switch_is_a_count(value: object) -> None:
+    with pytest.raises(ScheduleError, match="is not a number of epochs; give 0, 1, 2"):
+        Schedule({"enable_moe_at_epoch": value})
+
+
+def test_two_lines_for_one_switch_contradict() -> None:
+    with pytest.raises(ScheduleError, match="'moe' is switched on by another line as well"):
+        Schedule({"enable_moe_at_epoch": 1, "enable_moe_at_step": 3})
+
+
+def test_a_missing_schedule_is_an_error_and_not_zero() -> None:
+    with pytest.raises(ScheduleError, match=r"'route_tmp' has no schedule; did you mean 'route_temp'"):
+        Schedule({"route_temp": ROUTE}).get_param("route_tmp", epoch=0, max_epochs=2)
+
+
+def test_the_unit_that_is_counted_in_must_be_given() -> None:
+    schedule = Schedule({"x": ROUTE, "enable_moe_at_step": 3})
+    with pytest.raises(ScheduleError, match="goes by epoch: give epoch= and max_epochs="):
+        schedule.get_param("x", step=1, max_steps=2)
+    with pytest.raises(ScheduleError, match="give step= to know whether 'moe' is on"):
+        schedule.should_enable_plugin("moe", epoch=1)
+
+
+def test_all_params_and_plugins_at_once() -> None:
+    config = APTConfig(schedules={"a": ROUTE, "b": {"start": 0, "end": 1, "by": "step"}, "enable_moe_at_epoch": 1})
+    schedule = Schedule(config)
+    assert schedule.get_all_params(0, 5, 2, 10) == {"a": 1.5, "b": 0.5}
+    assert schedule.list_enabled_plugins(["moe", "align"], epoch=0) == ["align"]
+    assert schedule.list_enabled_plugins(epoch=1) == ["moe"]
+    schedule.add_param_schedule("c", {"start": 1, "end": 1})
+    assert schedule.get_param("c", epoch=0, max_epochs=1) == 1
+
+
+@pytest.mark.parametrize(
+    ("training", "length"),
+    [
+        ({"max_epochs": 3}, (30, 3)),
+        ({"max_steps": 25}, (25, 3)),
+        ({"max_epochs": 3, "max_steps": 12}, (12, 3)),
+        ({"max_epochs": 1, "max_steps": 12}, (10, 1)),
+    ],
+)
+def test_whichever_limit_comes_first_ends_the_run(training: dict[str, int], length: tuple[int, int]) -> None:
+    assert run_length(Training(**training), 10) == length
