@@ -154,4 +154,4 @@ def test_what_is_left_out_has_its_default_or_is_asked_for(folder: Path, path: tu
     profile = read(folder, document)
     needed = {("model", "attention"), ("model", "attention", "provider"), ("data", "path"), ("training", "max_epochs")}
     if profile is None:
-        assert path in needed | {("model",), ("training",), ("model", "num_heads")}
+        assert path in needed | {("model",), ("training",), ("model", "num_heads"), ("data", "source")}

@@ -25,6 +25,8 @@ PREDECESSOR = (
     *("rank_ratio_proj", "rank_ratio_res", "dbc_threshold", "dbc_iterations", "tokenizer_type", "language"),
 )
 """Fields that the predecessor's configurations have. They are kept; nothing here reads them, and profiles say so."""
+OF_AUTOPOIETIC = ("epsilon", "alpha", "beta", "sr_ratio", "init_tau")
+"""Those of them that are options of the attention provider `autopoietic` today."""
 
 
 class APTConfig(BaseModel):
@@ -129,6 +131,8 @@ class APTConfig(BaseModel):
             if twice:
                 raise ProfileError([Fault(f"{name}: {key}", "stands in extra as well", "keep one") for key in twice])
             known["extra"] = {**extra, **unknown}
+        if known.get("attention_name") == "autopoietic" and "options" not in known:
+            known["options"] = {"attention": {key: known[key] for key in OF_AUTOPOIETIC if key in known}}
         try:
             return cls.model_validate(known)
         except ValidationError as error:

@@ -6,7 +6,6 @@ a hook names plugin, distribution, version, hook and step. With ``APT_TRACE=1`` 
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 import os
@@ -129,7 +128,6 @@ class _Guard:
     def call(self) -> Callable[..., object]:
         """For a hook that is called."""
 
-        @functools.wraps(self.bound)
         def call(*values: object) -> object:
             arguments = dict(zip(self.given, values, strict=True))
             if self._is_off(arguments):
@@ -146,12 +144,11 @@ class _Guard:
                 if self.trace:
                     logger.warning("%s %s took %.3f ms", self.origin, self.hook, 1000 * (time.perf_counter() - start))
 
-        return self._signed(call)
+        return self._named(call, "return run({})")
 
     def around(self) -> Callable[..., object]:
         """For a generator around the other hooks; only its own errors are named, those of the others pass."""
 
-        @functools.wraps(self.bound)
         def around(*values: object) -> object:
             arguments = dict(zip(self.given, values, strict=True))
             if self._is_off(arguments):
@@ -183,13 +180,14 @@ class _Guard:
                 raise self._failure(arguments, error) from error
             raise PluginError(f"{self.origin}: the wrapper {self.hook} yields more than once")
 
-        return self._signed(around)
+        return self._named(around, "return (yield from run({}))")
 
-    def _signed(self, function: Callable[..., object]) -> Callable[..., object]:
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        signature = inspect.Signature([inspect.Parameter(name, kind) for name in self.given])
-        function.__signature__ = signature  # type: ignore[attr-defined]
-        return function
+    def _named(self, run: Callable[..., object], body: str) -> Callable[..., object]:
+        """`run` as a function of named arguments, which is what pluggy reads from a function's code."""
+        arguments = ", ".join(self.given)
+        namespace: dict[str, Callable[..., object]] = {"run": run}
+        exec(f"def {self.hook}({arguments}):\n    {body.format(arguments)}", namespace)
+        return namespace[self.hook]
 
     def _is_off(self, arguments: Mapping[str, object]) -> bool:
         state = arguments.get("state")

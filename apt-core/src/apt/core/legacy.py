@@ -6,6 +6,7 @@ its place in the file, so that a fault in an old profile is reported where it st
 
 from __future__ import annotations
 
+from apt.core.config import OF_AUTOPOIETIC, PREDECESSOR
 from apt.core.yaml import Key, Origin, Source, Value
 from apt.errors import Fault
 
@@ -43,6 +44,7 @@ class _Translation:
         for section, kind in SECTIONS.items():
             self._section(section, kind)
         self._router_name()
+        self._fields()
         self.values["model"] = self.model
 
     def _name(self, kind: str) -> None:
@@ -104,6 +106,19 @@ class _Translation:
         if router:
             router.setdefault("provider", "topk_default")
             choice["router"] = router
+
+    def _fields(self) -> None:
+        """Plain fields of the predecessor: options of autopoietic attention, or of no use today."""
+        attention = self.model.get("attention")
+        name = attention.get("provider") if isinstance(attention, dict) else attention
+        for key in [key for key in PREDECESSOR if key in self.model]:
+            if name == "autopoietic" and key in OF_AUTOPOIETIC:
+                choice = self._choice("attention", key)
+                assert choice is not None
+                self._put(choice, "attention", (key,), key, self.model.pop(key))
+                self.notes.append(f"model.{key} is now model.attention.{key}")
+            else:
+                self.notes.append(f"model.{key} is kept, and nothing reads it")
 
     def _router_name(self) -> None:
         if "router_name" not in self.model:

@@ -1,0 +1,60 @@
+"""Tokenizers: any text comes back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from apt.builtin.tokenizer import BPE, Bytes, ByteTokenizer
+from apt.core.providers import Tokenizer
+from apt.errors import DataError
+
+TEXT = st.text(st.characters(codec="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def bpe() -> Tokenizer:
+    pytest.importorskip("tokenizers")
+    return BPE(vocab_size=600).train([f"def name_{n}(value): return value + {n}\n" * 3 for n in range(300)])
+
+
+@given(TEXT)
+def test_bytes_bring_back_any_text(text: str) -> None:
+    tokenizer = ByteTokenizer()
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert len(ids) == len(text.encode())
+    assert all(3 <= each < 259 for each in ids)
+
+
+def test_half_a_character_becomes_a_replacement() -> None:
+    tokenizer = ByteTokenizer()
+    assert tokenizer.decode([1, *tokenizer.encode("é")[:1]]) == "\ufffd"
+    assert Bytes().get_vocab_size() == 259
+
+
+@given(text=TEXT)
+def test_a_bpe_brings_back_any_text(bpe: Tokenizer, text: str) -> None:
+    ids = bpe.encode(text)
+    assert bpe.decode(ids) == text
+    assert all(3 <= each < bpe.vocab_size for each in ids)
+
+
+def test_a_bpe_is_shorter_than_bytes_on_what_it_was_trained_on(bpe: Tokenizer) -> None:
+    text = "def name_17(value): return value + 17\n"
+    assert len(bpe.encode(text)) < len(text) / 2
+
+
+def test_a_text_that_is_too_small_for_the_vocabulary_is_refused() -> None:
+    pytest.importorskip("tokenizers")
+    with pytest.raises(DataError, match=r"the text gives only .* ids, not 4096; ask for less"):
+        BPE().train(["abc"])
+
+
+def test_a_tokenizer_that_was_lost_is_missed(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    with pytest.raises(DataError, match="the run's tokenizer is missing"):
+        BPE().load(tmp_path)

@@ -1,0 +1,183 @@
+"""The command line as its users meet it: what it prints, its exit codes, and that nothing ends in a traceback."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from apt.cli import main
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    try:
+        code = main([str(word) for word in words])
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def trained(profile_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    code, _, _ = run(capsys, "train", "-p", profile_file, "--out", tmp_path / "run")
+    assert code == 0
+    return tmp_path / "run"
+
+
+def test_training_ends_with_loss_providers_sample_and_folder(
+    capsys: pytest.CaptureFixture[str], profile_file: Path, tmp_path: Path
+) -> None:
+    code, out, _ = run(capsys, "train", "-p", profile_file, "--out", tmp_path / "run", "--set", "monitoring.plot=true")
+    assert code == 0
+    assert "bits per byte" in out
+    assert "model.attention  attention.sdpa" in out
+    assert "sample:\ndef " in out
+    assert f"run:  {tmp_path / 'run'}" in out
+    assert (tmp_path / "run" / "loss.png").is_file()
+    assert (tmp_path / "run" / "sample.txt").read_text().startswith("def ")
+
+
+def test_a_run_writes_and_is_scored(capsys: pytest.CaptureFixture[str], trained: Path) -> None:
+    code, out, _ = run(capsys, "generate", trained, "--prompt", "def ", "--max-new-tokens", 5, "--seed", 1)
+    assert (code, out[:4]) == (0, "def ")
+    assert run(capsys, "generate", trained, "--prompt", "def ", "--max-new-tokens", 5, "--seed", 1)[1] == out
+    code, out, _ = run(capsys, "evaluate", trained, "--split", "test")
+    assert code == 0
+    assert out.startswith("test: ")
+    code, out, _ = run(capsys, "plot", trained, "--out", trained / "p.svg")
+    assert code == 0
+    assert "<svg" in (trained / "p.svg").read_text()
+
+
+def test_a_checkpoint_that_is_gone_or_damaged_is_named(capsys: pytest.CaptureFixture[str], trained: Path) -> None:
+    assert run(capsys, "generate", trained / "nope", "--prompt", "x")[0] == 2
+    weights = trained / "step-000008" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    code, out, err = run(capsys, "generate", trained, "--prompt", "x")
+    assert (code, out) == (2, "")
+    assert "damaged (model.safetensors); use the one before" in err
+
+
+def test_what_is_refused_prints_nothing_else(capsys: pytest.CaptureFixture[str], trained: Path) -> None:
+    code, out, err = run(capsys, "generate", trained, "--prompt", "x", "--temperature", -1)
+    assert (code, out) == (2, "")
+    assert "temperature: -1.0 is not allowed; 0 or more" in err
+
+
+def test_providers_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "providers", "ffn")
+    assert code == 0
+    assert "default" in out
+    assert "swiglu" in out
+    code, out, _ = run(capsys, "providers", "show", "attention.sdpa")
+    assert code == 0
+    assert "num_kv_heads  integer >= 1 or none" in out
+    for words in (("rooter",), ("show", "nope.x"), ("show", "sdpa"), ("a", "b")):
+        assert run(capsys, "providers", *words)[0] == 2
+    assert (
+        "did you mean 'router'?" in run(capsys, "providers", "rooter")[2]
+        or "kinds: " in run(capsys, "providers", "rooter")[2]
+    )
+
+
+def test_check_tells_size_and_cost(capsys: pytest.CaptureFixture[str], profile_file: Path) -> None:
+    code, out, _ = run(capsys, "check", profile_file)
+    assert code == 0
+    assert f"{profile_file}: good" in out
+    assert "memory of training, batches of 2 x 16" in out
+    code, _, err = run(capsys, "check", profile_file, "--set", "model.d_modl=3", "--set", "training.batch_size=0")
+    assert code == 2
+    assert err.count("error: --set") == 2
+
+
+def test_profiles_are_made_shown_and_compared(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, profile_file: Path
+) -> None:
+    new = tmp_path / "new.yaml"
+    assert run(capsys, "profile", "new", new)[0] == 0
+    assert run(capsys, "check", new)[0] == 0
+    assert run(capsys, "profile", "new", new)[0] == 2
+    code, out, _ = run(capsys, "profile", "show", profile_file, "--set", "model.d_ff=48")
+    assert code == 0
+    assert "d_ff: 48" in out
+    assert "# --set model.d_ff=48" in out
+    assert "# default" in out
+    shown = tmp_path / "shown.yaml"
+    shown.write_text(out)
+    assert run(capsys, "check", shown)[0] == 0
+    code, out, _ = run(capsys, "profile", "diff", profile_file, shown)
+    assert "model.d_ff:\n  - 32" in out
+    assert out.endswith("1 values differ\n")
+    assert run(capsys, "profile", "diff", shown, shown)[1] == "the same once resolved\n"
+
+
+def test_the_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "schema")
+    assert code == 0
+    assert json.loads(out)["properties"]["model"]["properties"]["attention"] == {"$ref": "#/$defs/attention"}
+
+
+def test_a_schedule_is_drawn(capsys: pytest.CaptureFixture[str], profile_file: Path, tmp_path: Path) -> None:
+    code, _, err = run(capsys, "schedule", "plot", profile_file)
+    assert code == 2
+    assert "schedules nothing" in err
+
+
+def test_a_provider_is_held_to_its_checks(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "test", "ffn.default", "--set", "bias=true")
+    assert code == 0
+    assert "ffn.default: " in out
+    assert "failed" not in out
+    assert run(capsys, "test", "ffn")[0] == 2
+    assert run(capsys, "test", "ffn.nope")[0] == 2
+
+
+@pytest.mark.parametrize("words", [(), ("trian",), ("train",), ("train", "-p"), ("generate",), ("--nope",)])
+def test_a_slip_of_the_pen_exits_with_2(capsys: pytest.CaptureFixture[str], words: tuple[str, ...]) -> None:
+    code, _, err = run(capsys, *words)
+    assert code == 2
+    assert "error: " in err
+
+
+def test_a_mistyped_command_is_met_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean 'train'?" in run(capsys, "trian")[2]
+
+
+def test_the_module_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "apt", "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout[:9]) == (0, "apt-core ")
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["train", "--help"], ["providers"], ["schema"], ["doctor"], ["profile", "--help"]]
+)
+def test_looking_never_loads_torch(words: list[str]) -> None:
+    code = (
+        "import sys\nfrom apt.cli import main\n"
+        f"try: code = main({words!r})\nexcept SystemExit as stop: code = stop.code\n"
+        "sys.exit(code or 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_fault_of_ours_exits_with_1_and_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, profile_file: Path
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("apt.core.estimate.estimate", broken)
+    assert main(["check", str(profile_file)]) == 1
+    assert "this is a fault of apt-core or of a provider" in capsys.readouterr().err
+
+
+def test_a_pipe_that_closes_is_no_error(profile_file: Path) -> None:
+    command = f"{sys.executable} -m apt profile show {profile_file} | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert (done.stdout.split(":")[0], done.stderr) == ("name", "")
