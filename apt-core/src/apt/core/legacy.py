@@ -146,7 +146,7 @@ class _Translation:
         self.origins.setdefault(("model", kind), self.origins.get(("model", old), Origin("")))
         return choice
 
-    def _put(self, choice: dict[str, Value], kind: str, old: tuple[str, str], key: str, value: Value) -> None:
+    def _put(self, choice: dict[str, Value], kind: str, old: tuple[str, ...], key: str, value: Value) -> None:
         if choice.setdefault(key, value) != value:
             self._contradiction(f"model.{'.'.join(old)}", f"{value!r} contradicts model.{kind}.{key}: {choice[key]!r}")
         self._move(("model", *old), ("model", kind, key))

@@ -118,7 +118,7 @@ def load_profile(
     origins = {_dotted(key): origin for key, origin in merged.origins.items()}
     if faults:
         raise ProfileError([_placed(fault, origins, str(path)) for fault in dict.fromkeys(faults)])
-    return Profile(config, merged.values, origins, tuple(notes), resolved, tuple(files))
+    return Profile(config, merged.values, origins, tuple(dict.fromkeys(notes)), resolved, tuple(files))
 
 
 def to_profile(config: APTConfig) -> dict[str, Value]:
