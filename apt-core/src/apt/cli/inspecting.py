@@ -129,7 +129,12 @@ def _show(kind: str, name: str) -> int:
     print("\noptions:")
     rows = (
         [
-            (f"  {option}", _type(schema), _default(provider, option), str(schema.get("description", "")))
+            (
+                f"  {option}",
+                describe_type(schema),
+                describe_default(provider, option),
+                str(schema.get("description", "")),
+            )
             for option, schema in provider.model_json_schema()["properties"].items()
         ]
         if provider.model_fields
@@ -157,12 +162,12 @@ def _paragraph(text: str) -> str:
     return inspect.cleandoc(text)
 
 
-def _type(schema: dict[str, object]) -> str:
+def describe_type(schema: dict[str, object]) -> str:
     """A field's type in words, with its range."""
     from apt.core.provider import SLOT_KEY
 
     if "anyOf" in schema:
-        return " or ".join(_type(each) for each in schema["anyOf"])  # type: ignore[attr-defined]
+        return " or ".join(describe_type(each) for each in schema["anyOf"])  # type: ignore[attr-defined]
     if "enum" in schema:
         return " | ".join(map(str, schema["enum"]))  # type: ignore[call-overload]
     if "const" in schema:
@@ -179,7 +184,8 @@ def _type(schema: dict[str, object]) -> str:
     return " ".join((names.get(kind, kind), ", ".join(bounds))).rstrip()
 
 
-def _default(provider: type[Provider], option: str) -> str:
+def describe_default(provider: type[Provider], option: str) -> str:
+    """An option's default in words."""
     field = provider.model_fields[option]
     if field.is_required():
         return "must be given"

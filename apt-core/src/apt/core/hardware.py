@@ -11,10 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
     from apt.core.config import APTConfig
+    from apt.core.estimate import Estimate
 
 MB = 2**20
-RUNTIME_MB = 450
-"""What an interpreter with PyTorch takes before it holds a model."""
+RUNTIME_MB = 330
+"""What an interpreter with PyTorch takes beside its tensors (measured by `benchmarks/memory.py`)."""
 
 
 class HardwareProfile(BaseModel):
@@ -49,16 +50,29 @@ class HardwareProfile(BaseModel):
 
         Raises `ProfileError` where the profile's providers cannot be had.
         """
-        from apt.core.estimate import estimate
-        from apt.core.resolve import resolve_config
-
-        cost = estimate(config, resolve_config(config))
+        cost = _cost(config)
         on_gpu = self.gpu_count > 0 and config.hardware.device != "cpu"
         if config.hardware.device == "cuda" and not on_gpu:
             return False
         room = self.gpu_memory if on_gpu else self.ram_size
         kept = (config.training.keep_last + 1) * (cost.weights + cost.optimizer)
-        return cost.training_memory / MB + RUNTIME_MB <= room and kept / MB <= self.disk_space
+        return _peak(cost) <= room and kept / MB <= self.disk_space
+
+
+def required_memory(config: APTConfig) -> float:
+    """The peak of one training step in MB, the interpreter and PyTorch included."""
+    return _peak(_cost(config))
+
+
+def _cost(config: APTConfig) -> Estimate:
+    from apt.core.estimate import estimate
+    from apt.core.resolve import resolve_config
+
+    return estimate(config, resolve_config(config))
+
+
+def _peak(cost: Estimate) -> float:
+    return cost.training_memory / MB + RUNTIME_MB
 
 
 def _gpus() -> tuple[int, str | None, int]:
