@@ -18,6 +18,8 @@ DISTRIBUTIONS = ("apt-core", "apt-attention-tva", "apt-moe", "apt-align", "apt-r
 SOURCES = [f"{name}/src" for name in DISTRIBUTIONS]
 TEST_TOOLS = ("pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis", "jsonschema", "beartype")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
+CALM = "--hypothesis-profile=ci"
+"""Hypothesis without deadlines, and the same examples every time: a busy machine is no fault of the code."""
 WHEELS = Path("dist")
 
 
@@ -50,14 +52,14 @@ def tests(session: nox.Session, packages: str) -> None:
     else:
         install(session, tuple(dict.fromkeys(("apt-core", packages))), *TEST_TOOLS)
         folders = [f"{packages}/tests"]
-    session.run("pytest", "-q", "-n", "2", *folders, *session.posargs, env=ENVIRONMENT)
+    session.run("pytest", "-q", "-n", "2", CALM, *folders, *session.posargs, env=ENVIRONMENT)
 
 
 @nox.session
 def template(session: nox.Session) -> None:
     """The package to copy, as its README says."""
     install(session, ("apt-core",), *TEST_TOOLS, "./template")
-    session.run("pytest", "-q", "template/tests", env=ENVIRONMENT)
+    session.run("pytest", "-q", CALM, "template/tests", env=ENVIRONMENT)
 
 
 @nox.session

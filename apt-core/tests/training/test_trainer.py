@@ -12,6 +12,7 @@ import pytest
 import torch
 from pydantic import PrivateAttr
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import nn
 
 from apt.core.config import APTConfig
@@ -20,10 +21,12 @@ from apt.core.profile import load_profile
 from apt.core.providers import FFNProvider, Plugin
 from apt.core.registry import Registry
 from apt.core.resolve import resolve_config
-from apt.errors import AptError, PluginError, ProofOfUseError, UserError
+from apt.errors import AptError, CheckpointError, PluginError, ProofOfUseError, UserError
 from apt.hookspecs import hookimpl
+from apt.training.checkpoint import list_checkpoints, load_run, read_saved
 from apt.training.record import read_metrics
 from apt.training.trainer import RunResult, Trainer
+from apt.training.watch import SpikeDetector
 
 
 class Layer(nn.Module):
@@ -31,7 +34,7 @@ class Layer(nn.Module):
 
     def __init__(self, d_model: int, fault: str) -> None:
         super().__init__()
-        self.active, self.fault = True, fault
+        self.active, self.fault, self.calls = True, fault, 0
         self.dense, self.branch = nn.Linear(d_model, d_model), nn.Linear(d_model, d_model)
         self.register_buffer("gain", torch.tensor(1.0))
 
@@ -43,8 +46,11 @@ class Layer(nn.Module):
             return y + 0 * x
         if self.fault == "branch is detached":
             return y + self.branch(x).detach()
-        if self.fault == "not a number":
+        self.calls += self.training
+        if self.fault == "not a number" or (self.fault == "once" and self.calls == 20):
             return y + self.branch(x) * float("nan")
+        if self.fault == "bad gradient":
+            return y + (self.branch(x) * 0).sqrt()
         return y + self.gain * self.branch(x)
 
     def idle(self):
@@ -138,6 +144,11 @@ def train(profile: Path, out: Path, *sets: str, console: Console | None = None, 
     return Trainer(loaded.config, out, resolved=loaded.resolved, console=quiet, **options).fit()
 
 
+def load_progress(run: Path) -> dict[str, Any]:
+    saved: dict[str, Any] = read_saved(list_checkpoints(run)[-1])["progress"]
+    return saved
+
+
 WATCHED = ("model.ffn={provider: switched}", "plugins=[watch]", "schedules.enable_watch_at_epoch=1")
 
 
@@ -216,9 +227,136 @@ def test_what_is_switched_on_and_does_not_learn_stops_the_run(
     assert (tmp_path / "run" / "step-000004" / "manifest.json").is_file()
 
 
-def test_a_gradient_that_is_not_finite_stops_with_step_and_place(profile_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(AptError, match=r"step 4: the gradient is not finite .*micro-batches 4 to 4.*blocks"):
+def test_a_number_that_is_not_finite_stops_with_step_batch_and_provider(profile_file: Path, tmp_path: Path) -> None:
+    place = r"first in the output of ffn.switched \(\(registered\) 0\), blocks.0.ffn"
+    with pytest.raises(
+        AptError, match=rf"step 4: the gradient is not finite \(micro-batches 4 to 4 of seed 0\): {place}"
+    ):
         train(profile_file, tmp_path / "run", *WATCHED, "model.ffn.fault=not a number")
+
+
+def test_a_gradient_that_alone_is_not_finite_names_the_parameters(profile_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(AptError, match=r"every output is finite; in the gradients of blocks.1.ffn.branch"):
+        train(profile_file, tmp_path / "run", *WATCHED, "model.ffn.fault=bad gradient")
+
+
+def test_steps_that_are_not_finite_can_be_skipped(profile_file: Path, tmp_path: Path) -> None:
+    sets = [*WATCHED, "model.ffn.fault=not a number", "training.on_nonfinite=skip"]
+    result = train(profile_file, tmp_path / "run", *sets)
+    assert result.state.step == 8
+    events = [event for event in read_metrics(tmp_path / "run") if event["event"] == "nonfinite"]
+    assert [(event["step"], event["action"]) for event in events] == [(step, "skip") for step in range(4, 8)]
+    before = load_file(tmp_path / "run" / "step-000004" / "model.safetensors")
+    after = load_file(tmp_path / "run" / "step-000008" / "model.safetensors")
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
+
+
+def test_a_run_can_go_back_and_leave_out_what_was_read_since(profile_file: Path, tmp_path: Path) -> None:
+    sets = ["model.ffn={provider: switched, fault: once}", "plugins=[watch]", "training.save_every=2"]
+    out = tmp_path / "run"
+    result = train(profile_file, out, *sets, "training.on_nonfinite=rewind", "training.steps_per_epoch=30")
+    assert result.state.step == 60
+    events = [event for event in read_metrics(out) if event["event"] == "nonfinite"]
+    assert [(event["step"], event["action"]) for event in events] == [(19, "rewind")]
+    assert load_progress(out)["left_out"] == 2
+    assert all(bool(tensor.isfinite().all()) for tensor in result.model.state_dict().values())
+
+
+def test_a_run_that_never_is_finite_is_given_up(profile_file: Path, tmp_path: Path) -> None:
+    sets = [*WATCHED, "model.ffn.fault=not a number", "training.on_nonfinite=rewind"]
+    with pytest.raises(AptError, match="this is the 11th time in a row"):
+        train(profile_file, tmp_path / "run", *sets)
+    with pytest.raises(AptError, match="there is no checkpoint to go back to"):
+        train(profile_file, tmp_path / "other", *sets, "schedules={}")
+
+
+def test_a_loss_that_spikes_is_reported(profile_file: Path, tmp_path: Path) -> None:
+    detector = SpikeDetector(3.0, window=10)
+    calm = [2.0 + 0.01 * (step % 3) for step in range(30)]
+    assert not any(detector.is_spike(loss) for loss in calm)
+    assert detector.is_spike(3.0)
+    assert not detector.is_spike(2.01)
+    train(
+        profile_file,
+        tmp_path / "run",
+        "monitoring.spike=0.001",
+        "training.steps_per_epoch=40",
+        "training.learning_rate=1e-7",
+    )
+    assert any(event["event"] == "spike" for event in read_metrics(tmp_path / "run"))
+
+
+def test_too_little_memory_says_what_to_lower(
+    profile_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def greedy(*_: object) -> None:
+        torch.empty(10**15)
+
+    monkeypatch.setattr(Trainer, "_step", greedy)
+    with pytest.raises(
+        UserError, match=r"out of memory \(.*\); lower training.batch_size and raise training.accumulate"
+    ):
+        train(profile_file, tmp_path / "run")
+
+
+def test_recomputed_activations_change_nothing(profile_file: Path, tmp_path: Path) -> None:
+    one = train(profile_file, tmp_path / "one", "model.dropout=0.1").model.state_dict()
+    other = train(profile_file, tmp_path / "two", "model.dropout=0.1", "training.recompute=true").model.state_dict()
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_the_best_checkpoint_and_the_last_ones_are_kept(profile_file: Path, tmp_path: Path, asynchronous: bool) -> None:
+    sets = [
+        "training.save_every=2",
+        "training.keep_best=true",
+        "evaluation.eval_every=2",
+        "training.steps_per_epoch=10",
+    ]
+    sets += [f"training.async_save={str(asynchronous).lower()}", "training.learning_rate=0.3"]
+    train(profile_file, tmp_path / "run", *sets)
+    held_out = {
+        event["step"]: event["loss"] for event in read_metrics(tmp_path / "run") if event["event"] == "evaluation"
+    }
+    best = min(held_out, key=lambda step: held_out[step])
+    assert (tmp_path / "run" / "best").read_text().strip() == f"step-{best:06d}"
+    kept = {folder.name for folder in list_checkpoints(tmp_path / "run")}
+    assert kept == {f"step-{best:06d}", "step-000018", "step-000020"}
+    load_run(tmp_path / "run" / f"step-{best:06d}")
+
+
+def test_checkpoints_can_go_by_the_clock(profile_file: Path, tmp_path: Path) -> None:
+    train(profile_file, tmp_path / "often", "training.save_every=0.00001 min", "training.keep_last=100")
+    train(profile_file, tmp_path / "seldom", "training.save_every=10 min")
+    assert len(list_checkpoints(tmp_path / "often")) == 8
+    assert len(list_checkpoints(tmp_path / "seldom")) == 1
+
+
+def test_a_resume_says_what_has_changed_and_refuses_what_may_not(profile_file: Path, tmp_path: Path) -> None:
+    train(profile_file, tmp_path / "run")
+    output = io.StringIO()
+    console = Console(file=output, width=200)
+    sets = ["training.max_epochs=3", "training.learning_rate=1e-3"]
+    assert train(profile_file, tmp_path / "run", *sets, resume="auto", console=console).state.step == 12
+    assert "training.max_epochs: 2 -> 3" in output.getvalue()
+    assert "training.learning_rate: 0.003 -> 0.001" in output.getvalue()
+    sets = ["training.max_epochs=4", "model.d_ff=48", "training.seed=1", "data.tokenizer=bpe", "model.vocab_size=5000"]
+    with pytest.raises(CheckpointError) as caught:
+        train(profile_file, tmp_path / "run", *sets, resume="auto")
+    told = str(caught.value)
+    assert "refused: model.d_ff: 32 -> 48 (the weights would not fit" in told
+    assert "refused: training.seed: 0 -> 1 (the order of the text would be another)" in told
+    assert "refused: data.tokenizer.provider: 'byte' -> 'bpe'" in told
+    assert "allowed: training.max_epochs: 3 -> 4" in told
+
+
+def test_a_run_that_was_not_pointed_to_is_taken_by_its_newest_whole_checkpoint(
+    profile_file: Path, tmp_path: Path
+) -> None:
+    train(profile_file, tmp_path / "run")
+    (tmp_path / "run" / "latest").unlink()
+    assert load_run(tmp_path / "run").state.step == 8
 
 
 @pytest.mark.parametrize("hook", ["model_built", "step_start", "loss_extra", "phase_changed watch at 4"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+MINUTES = r"^\d+(\.\d+)? ?min$"
 
 
 class Section(BaseModel):
@@ -38,10 +40,20 @@ class Training(Section):
     seed: int = Field(default=0, ge=0)
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
-    save_every: int | None = Field(
-        default=None, ge=1, description="optimizer steps between checkpoints; none: an epoch"
+    save_every: Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=MINUTES)] | None = Field(
+        default=None, description="optimizer steps between checkpoints, or a time such as 10 min; none: an epoch"
     )
     keep_last: int = Field(default=2, ge=1, description="checkpoints that are kept")
+    keep_best: bool = Field(default=False, description="whether the one of the lowest held-out loss is kept too")
+    async_save: bool = Field(default=False, description="whether training goes on while a checkpoint is written")
+    on_nonfinite: Literal["stop", "skip", "rewind"] = Field(
+        default="stop",
+        description="what a loss or gradient that is not finite does: stop the run, skip the step, or go back to the "
+        "last checkpoint and leave out what was read since",
+    )
+    recompute: bool = Field(
+        default=False, description="whether each block's activations are computed anew in the backward pass"
+    )
 
 
 class Data(BaseModel):
@@ -74,6 +86,11 @@ class Monitoring(Section):
 
     log_every: int = Field(default=10, ge=1, description="optimizer steps between lines of metrics.jsonl")
     plot: bool = True
+    spike: float | None = Field(
+        default=None,
+        gt=0,
+        description="standard deviations over the last 50 steps' mean at which a loss is a spike; none: not watched",
+    )
 
 
 class Hardware(Section):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from apt.core.providers import AttentionProvider
 from apt.errors import UserError
@@ -34,6 +35,8 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.max_seq_len = max_seq_len
+        self.recompute = False
+        """Whether training computes each block's activations anew in the backward pass (Chen et al. 2016, 1604.06174)."""
         self.embedding = embedding
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(blocks)
@@ -59,7 +62,12 @@ class Decoder(nn.Module):
         losses: dict[str, Tensor] = {}
         metrics: dict[str, list[Tensor]] = {}
         for index, block in enumerate(self.blocks):
-            x, more, seen = block(x, mask=mask, positions=positions, cache=None if cache is None else cache[index])
+            here = None if cache is None else cache[index]
+            if self.recompute and self.training and here is None:
+                part = checkpoint(block, x, mask=mask, positions=positions, use_reentrant=False)
+            else:
+                part = block(x, mask=mask, positions=positions, cache=here)
+            x, more, seen = part
             for name, loss in more.items():
                 losses[name] = losses[name] + loss if name in losses else loss
             for name, metric in seen.items():

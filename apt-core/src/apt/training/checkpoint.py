@@ -14,9 +14,11 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -41,7 +43,7 @@ PROFILE, WEIGHTS, OPTIMIZER, EXTRA, STATE = (
     "extra.safetensors",
     "state.json",
 )
-MANIFEST, LATEST = "manifest.json", "latest"
+MANIFEST, LATEST, BEST = "manifest.json", "latest", "best"
 FORMAT = 1
 
 
@@ -58,8 +60,22 @@ class LoadedRun:
     corpus_digest: str
 
 
-def save_checkpoint(
-    run: Path,
+@dataclass(frozen=True)
+class Snapshot:
+    """A checkpoint in memory: what is written later is what was then."""
+
+    step: int
+    texts: Mapping[str, str | bytes]
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    tokenizer: Tokenizer
+
+    @property
+    def num_bytes(self) -> int:
+        """About what it takes on the disk."""
+        return sum(tensor.nbytes for each in self.tensors.values() for tensor in each.values()) + 2**20
+
+
+def take_snapshot(
     *,
     config: APTConfig,
     resolved: Resolved,
@@ -69,78 +85,119 @@ def save_checkpoint(
     state: RunState,
     hooks: Mapping[str, Mapping[str, object]],
     corpus_digest: str,
-    keep_last: int,
-) -> Path:
-    """Write ``step-NNNNNN`` below `run`, point `latest` to it, and remove all but the last `keep_last`."""
-    folder = run / f"step-{state.step:06d}"
+    progress: Mapping[str, object],
+    copy: bool,
+) -> Snapshot:
+    """Everything that a resume needs. With `copy` nothing that training changes later changes the snapshot.
+
+    `progress` is what the trainer itself wants to find again, as JSON values.
+    """
+    plain, extra = _split(hooks)
+    extra["random.torch"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        extra["random.cuda"] = torch.cuda.get_rng_state()
+    saved = {
+        "format": FORMAT,
+        "step": state.step,
+        "epoch": state.epoch,
+        "max_steps": state.max_steps,
+        "max_epochs": state.max_epochs,
+        "plugins_on": list(state.plugins_on),
+        "values": dict(state.values),
+        "progress": dict(progress),
+        "hooks": plain,
+        "random": {"python": _listed(random.getstate()), "numpy": _numpy_state()},
+        "corpus": corpus_digest,
+        "lock": make_lock(resolved).to_dict(),
+    }
+    texts: dict[str, str | bytes] = {PROFILE: dump_profile(config), STATE: json.dumps(saved, indent=1)}
+    for resolution in resolved.resolutions:
+        record = record_of(resolution.provider)
+        if record.sha256:
+            texts[kept_name(record.name)] = code_of(record)
+    weights, moments = _distinct(model.state_dict()), _optimizer_tensors(model, optimizer)
+    if copy:
+        weights, moments = ({key: value.cpu().clone() for key, value in each.items()} for each in (weights, moments))
+    return Snapshot(state.step, texts, {WEIGHTS: weights, OPTIMIZER: moments, EXTRA: extra}, tokenizer)
+
+
+def write_snapshot(run: Path, snapshot: Snapshot) -> Path:
+    """Write ``step-NNNNNN`` below `run`, whole or not at all, and point `latest` to it.
+
+    Raises `CheckpointError` where the disk has no room or refuses; what was saved before is untouched then.
+    """
+    folder = run / f"step-{snapshot.step:06d}"
+    free = shutil.disk_usage(run).free
+    if snapshot.num_bytes > free:
+        raise CheckpointError(
+            f"{folder}: needs {snapshot.num_bytes / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free; make room and go on "
+            f"with --resume auto --out {run}; what was saved before is untouched"
+        )
     temporary = run / f".{folder.name}.part"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
-        (temporary / PROFILE).write_text(dump_profile(config))
-        save_file(_distinct(model.state_dict()), temporary / WEIGHTS)
-        save_file(_optimizer_tensors(model, optimizer), temporary / OPTIMIZER)
-        plain, tensors = _split(hooks)
-        tensors["random.torch"] = torch.get_rng_state()
-        if torch.cuda.is_available():
-            tensors["random.cuda"] = torch.cuda.get_rng_state()
-        save_file(tensors, temporary / EXTRA)
-        saved = {
-            "format": FORMAT,
-            "step": state.step,
-            "epoch": state.epoch,
-            "max_steps": state.max_steps,
-            "max_epochs": state.max_epochs,
-            "plugins_on": list(state.plugins_on),
-            "values": dict(state.values),
-            "hooks": plain,
-            "random": {"python": _listed(random.getstate()), "numpy": _numpy_state()},
-            "corpus": corpus_digest,
-            "lock": make_lock(resolved).to_dict(),
-        }
-        (temporary / STATE).write_text(json.dumps(saved, indent=1))
-        tokenizer.save(temporary)
-        for resolution in resolved.resolutions:
-            record = record_of(resolution.provider)
-            if record.sha256:
-                (temporary / kept_name(record.name)).write_bytes(code_of(record))
+        temporary.mkdir(parents=True)
+        for name, text in snapshot.texts.items():
+            (temporary / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        for name, tensors in snapshot.tensors.items():
+            save_file(dict(tensors), temporary / name)
+        snapshot.tokenizer.save(temporary)
         digests = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps(digests, indent=1))
         for path in temporary.iterdir():
             _flush(path)
+        _flush(temporary)
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
-    except OSError as error:
+        _flush(run)
+        point(run, LATEST, folder)
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"{folder}: cannot be written: {error.strerror or error}; what was saved before is untouched"
-        ) from error
-    _flush(run)
-    pointer = run / f".{LATEST}.part"
-    pointer.write_text(folder.name + "\n")
-    _flush(pointer)
-    pointer.replace(run / LATEST)
-    _flush(run)
-    for old in sorted(run.glob("step-*"))[:-keep_last]:
-        if old != folder:
-            shutil.rmtree(old)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise CheckpointError(f"{folder}: cannot be written: {reason}; what was saved before is untouched") from error
     return folder
 
 
+def point(run: Path, pointer: str, folder: Path) -> None:
+    """Let the file `pointer` of a run name one of its checkpoints, at once or not at all."""
+    temporary = run / f".{pointer}.part"
+    temporary.write_text(folder.name + "\n")
+    _flush(temporary)
+    temporary.replace(run / pointer)
+    _flush(run)
+
+
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a run's folder or a checkpoint's folder means. Raises `CheckpointError`."""
+    """The checkpoint that a run's folder or a checkpoint's folder means. Raises `CheckpointError`.
+
+    A run that died between writing a checkpoint and pointing to it is taken by its newest whole checkpoint.
+    """
     if (path / MANIFEST).is_file():
         return path
     if not path.is_dir():
         raise CheckpointError(f"{path}: there is no such folder")
     pointer = path / LATEST
-    if not pointer.is_file():
-        raise CheckpointError(f"{path}: holds no checkpoint (no file named {LATEST})")
-    folder = path / pointer.read_text().strip()
-    if not (folder / MANIFEST).is_file():
-        raise CheckpointError(f"{pointer}: points to {folder.name}, which is not there")
-    return folder
+    if pointer.is_file():
+        folder = path / pointer.read_text().strip()
+        if (folder / MANIFEST).is_file():
+            return folder
+    whole = list_checkpoints(path)
+    if not whole:
+        raise CheckpointError(f"{path}: holds no checkpoint")
+    return whole[-1]
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The whole checkpoints of a run, by the step that each of them says it holds."""
+    steps: dict[Path, int] = {}
+    for manifest in run.glob(f"*/{MANIFEST}"):
+        if not manifest.parent.name.startswith("."):
+            try:
+                steps[manifest.parent] = int(json.loads((manifest.parent / STATE).read_text())["step"])
+            except (OSError, ValueError, KeyError, TypeError):
+                continue  # damaged: `verify` names it where it is asked for
+    return sorted(steps, key=lambda folder: steps[folder])
 
 
 def verify(folder: Path) -> None:
@@ -151,8 +208,8 @@ def verify(folder: Path) -> None:
     except (OSError, ValueError) as error:
         wrong = [str(error)]
     if wrong:
-        before = [each.name for each in sorted(folder.parent.glob("step-*")) if each.name < folder.name]
-        hint = f"use the one before, {folder.parent / before[-1]}" if before else "there is none before it"
+        before = [each for each in list_checkpoints(folder.parent) if each.name < folder.name]
+        hint = f"use the one before, {before[-1]}" if before else "there is none before it"
         raise CheckpointError(f"{folder}: damaged ({', '.join(wrong)}); {hint}")
 
 
@@ -163,7 +220,7 @@ def load_run(path: Path | str, *, allow_local_code: bool = False, strict_lock: b
     """
     folder = find_checkpoint(Path(path))
     verify(folder)
-    saved = json.loads((folder / STATE).read_text())
+    saved = read_saved(folder)
     config = read_resolved(folder / PROFILE, allow_local_code=allow_local_code).config
     resolved = resolve_config(config)
     check_lock(Lock.from_dict(saved["lock"]), make_lock(resolved), strict=strict_lock)
@@ -199,28 +256,33 @@ def load_weights(folder: Path, model: nn.Module) -> None:
         raise CheckpointError(f"{folder}: its weights do not fit the profile's model: {error}") from error
 
 
-def restore(
-    folder: Path, model: nn.Module, optimizer: Optimizer
-) -> tuple[RunState, dict[str, dict[str, object]], dict[str, object]]:
-    """Weights, optimizer and random states, for going on; returns where the run stood, the hooks' state, and the rest."""
-    saved = json.loads((folder / STATE).read_text())
+def read_saved(folder: Path) -> dict[str, Any]:
+    """The plain part of a checkpoint."""
+    saved: dict[str, Any] = json.loads((folder / STATE).read_text())
+    return saved
+
+
+def restore(folder: Path, model: nn.Module, optimizer: Optimizer) -> tuple[RunState, dict[str, dict[str, object]]]:
+    """Put weights and optimizer in place, for going on; returns where the run stood and what its plugins had saved."""
+    saved = read_saved(folder)
     load_weights(folder, model)
     tensors = load_file(folder / OPTIMIZER)
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
             if isinstance(value, Tensor):
                 value.copy_(tensors[f"{name}/{key}"].reshape(value.shape))
-    extra = load_file(folder / EXTRA)
-    hooks = _joined(saved["hooks"], extra)
-    state = read_state(saved)
-    kept = saved["random"]
+    return read_state(saved), _joined(saved["hooks"], load_file(folder / EXTRA))
+
+
+def restore_random(folder: Path) -> None:
+    """Put all random states in place: the last thing before the first step, so that nothing draws in between."""
+    kept, extra = read_saved(folder)["random"], load_file(folder / EXTRA)
     random.setstate(_tupled(kept["python"]))
     name, keys, position, has_gauss, cached = kept["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(extra["random.torch"])
     if torch.cuda.is_available() and "random.cuda" in extra:
         torch.cuda.set_rng_state(extra["random.cuda"])
-    return state, hooks, saved
 
 
 def _distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

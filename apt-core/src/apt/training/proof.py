@@ -36,6 +36,13 @@ class ProofOfUse:
         for part in parts:
             self._handles.append(part.module.register_forward_hook(self._note))
 
+    def abandon(self) -> None:
+        """The step is not taken: its parts are due again at the next."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._ran.clear()
+
     def check(self, parts: list[BoundPart], step: int) -> None:
         """After the backward pass: raise `ProofOfUseError` naming every part that did not run or got no gradient."""
         for handle in self._handles:

@@ -10,12 +10,9 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-import signal
 import time
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 import torch
@@ -25,7 +22,7 @@ from torch import Tensor, nn
 from apt.core.config import APTConfig
 from apt.core.hooks import HookRunner
 from apt.core.lock import Lock, check_lock, make_lock
-from apt.core.profile import dump_profile
+from apt.core.profile import dump_profile, read_resolved
 from apt.core.providers import DataProvider, Tokenizer, TokenizerProvider
 from apt.core.resolve import Resolved, resolve_config
 from apt.core.schedules import Schedule, run_length
@@ -37,13 +34,29 @@ from apt.layers import Output
 from apt.modeling.compose import ModelBuilder
 from apt.modeling.model import Decoder
 from apt.modeling.parts import scheduled_buffers, set_active
-from apt.training.checkpoint import PROFILE, find_checkpoint, restore, save_checkpoint, verify
+from apt.training.changes import check_changes
+from apt.training.checkpoint import (
+    PROFILE,
+    find_checkpoint,
+    list_checkpoints,
+    read_saved,
+    restore,
+    restore_random,
+    take_snapshot,
+    verify,
+)
 from apt.training.evaluate import Score, evaluate, score
+from apt.training.guard import explain_memory, find_source
 from apt.training.optim import learning_rate, make_optimizer
 from apt.training.plot import plot_run
 from apt.training.progress import Report
 from apt.training.proof import ProofOfUse
 from apt.training.record import Metrics, write_card, write_record
+from apt.training.saver import Saver
+from apt.training.watch import SpikeDetector, Stopwatch, stop_signals
+
+MAX_TROUBLES = 10
+"""Steps in a row that may be skipped or gone back from before a run is given up."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +96,12 @@ class Trainer:
         self.hooks = HookRunner(self.resolved.plugins)
         self.schedule = Schedule(config)
         self._stop = False
-        self.scored = Score(math.nan, math.nan, 0)
-        self.saved_at = -1
+        self.scored, self.scored_at = Score(math.nan, math.nan, 0), -1
+        self.saved_at, self.saved_when = -1, time.monotonic()
+        self.left_out = 0
+        """Steps' worth of text that was read and left out, since a number was not finite there."""
+        self.troubles = 0
+        """Steps in a row whose numbers were not finite."""
 
     def fit(self) -> RunResult:
         """Train to the end, or until Ctrl-C or SIGTERM, which finish the step and save."""
@@ -97,12 +114,17 @@ class Trainer:
         self.metrics = Metrics(self.out, None if self.checkpoint is None else self.state.step)
         name = f"{self.config.name} ({parameters / 1e6:.2f} M)"
         try:
-            with Report(self.console, name, self.state.step, self.state.max_steps) as report, self._signals(report):
+            with (
+                Report(self.console, name, self.state.step, self.state.max_steps) as report,
+                stop_signals(self._stop_soon),
+            ):
                 self.report = report
                 if self.checkpoint is not None:
                     report.line(f"resumed from {self.checkpoint} at step {self.state.step}")
-                self._run()
+                with explain_memory():
+                    self._run()
         finally:
+            self.saver.close()
             self.metrics.close()
         return self._finish()
 
@@ -124,6 +146,11 @@ class Trainer:
 
     def _prepare(self) -> None:
         config = self.config
+        if self.checkpoint is not None:
+            # Before anything is built, since what may not change might not fit either.
+            saved = read_resolved(self.checkpoint / PROFILE).config
+            for line in check_changes(self.checkpoint, saved, config):
+                self._warn(f"the profile has changed since {self.checkpoint.name}: {line}")
         if config.hardware.threads is not None:
             torch.set_num_threads(config.hardware.threads)
         self.device = _device(config)
@@ -156,11 +183,18 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, config)
         self.rate = learning_rate(config, max_steps)
         self.proof = ProofOfUse(self.model)
+        self.saver = Saver(
+            self.out,
+            keep_last=training.keep_last,
+            keep_best=training.keep_best,
+            asynchronous=training.async_save,
+        )
+        self.model.recompute = training.recompute
         self.hooks.hook.apt_model_built(config=config, model=self.model)
         for plugin in config.plugins:
             set_active(self.model, plugin, False)
         if self.checkpoint is not None:
-            self._restore(self.checkpoint)
+            self._resume(self.checkpoint)
         if config.training.compile:
             for block in self.model.blocks:
                 block.compile(fullgraph=False)
@@ -170,31 +204,42 @@ class Trainer:
         require(split, name, self.config.max_seq_len)  # type: ignore[arg-type]
         return split
 
-    def _restore(self, folder: Path) -> None:
-        state, hooks, saved = restore(folder, self.model, self.optimizer)
+    def _resume(self, folder: Path) -> None:
+        """Go on from a checkpoint, with what a profile may change since."""
+        saved = read_saved(folder)
         if saved["corpus"] != self.corpus.digest:
             raise CheckpointError(f"{folder}: was trained on another text than data.source gives now")
-        lock = saved["lock"]
-        assert isinstance(lock, Mapping)
-        for fault in check_lock(Lock.from_dict(lock), make_lock(self.resolved), strict=False):
-            self.console.print(f"warning: {folder.name}: {fault}", style="yellow", highlight=False)
-        if state.step >= self.state.max_steps:
-            raise CheckpointError(
-                f"{folder}: step {state.step} is the end of this profile; raise max_epochs or max_steps"
-            )
+        for fault in check_lock(Lock.from_dict(saved["lock"]), make_lock(self.resolved), strict=False):
+            self._warn(f"{folder.name}: {fault}")
+        if saved["step"] >= self.state.max_steps:
+            step = saved["step"]
+            raise CheckpointError(f"{folder}: step {step} is the end of this profile; raise max_epochs or max_steps")
+        self.left_out = saved["progress"]["left_out"]
+        self.saver.best = saved["progress"]["best"]
+        self._restore(folder)
+
+    def _restore(self, folder: Path) -> None:
+        state, hooks = restore(folder, self.model, self.optimizer)
         self.state = replace(
             self.state, step=state.step, epoch=state.epoch, plugins_on=state.plugins_on, values=state.values
         )
-        for plugin in state.plugins_on:
-            set_active(self.model, plugin, True)
+        for plugin in self.config.plugins:
+            set_active(self.model, plugin, plugin in state.plugins_on)
+        self._set_values()
         self.hooks.load_state(self.state, hooks)
+
+    def _warn(self, text: str) -> None:
+        self.console.print(f"warning: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
     # The steps
 
     def _run(self) -> None:
         hook, model = self.hooks.hook, self.model.train()
         hook.apt_training_start(state=self.state, model=model, optimizer=self.optimizer)
-        self._watch = _Watch(self.config)
+        self._watch = Stopwatch()
+        self._spikes = None if self.config.monitoring.spike is None else SpikeDetector(self.config.monitoring.spike)
+        if self.checkpoint is not None:
+            restore_random(self.checkpoint)
         try:
             while self.state.step < self.state.max_steps and not self._stop:
                 within = self.state.step % self.steps_per_epoch
@@ -254,11 +299,12 @@ class Trainer:
         due = self.proof.due() if self.proof.pending else []
         self.proof.watch(due)
         accumulate = config.training.accumulate
-        first = self.state.step * accumulate
+        first = (self.state.step + self.left_out) * accumulate
         micro = [self._batch(first + index) for index in range(accumulate)]
         counts = [batch.targets.numel() if batch.mask is None else int(batch.mask.sum()) for batch in micro]
         total = max(1, sum(counts))
         metrics: dict[str, float] = {}
+        self._step_loss = torch.zeros((), device=self.device)
         for batch, count in zip(micro, counts, strict=True):
             loss, extra = self._loss(batch)
             share = loss * (count / total)
@@ -266,11 +312,18 @@ class Trainer:
                 share = share + more / accumulate
                 self._watch.add(f"loss_{name}", more.detach() / accumulate)
             torch.autograd.backward(share)
-            self._watch.add("loss", loss.detach() * (count / total))
+            self._step_loss = self._step_loss + loss.detach() * (count / total)
+        self._watch.add("loss", self._step_loss)
         limit = config.gradient_clip or math.inf
-        norm = nn.utils.clip_grad_norm_(model.parameters(), limit).item()
+        parameters = [each for each in model.parameters() if each.grad is not None]
+        total_norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+        norm = total_norm.item()
         if not math.isfinite(norm):
-            raise AptError(self._not_finite(first, accumulate))
+            self.proof.abandon()
+            self._not_finite(first, micro)
+            return
+        self.troubles = 0
+        nn.utils.clip_grads_with_norm_(parameters, limit, total_norm)
         self.proof.check(due, self.state.step)
         hook.apt_gradients_ready(state=self.state, model=model)
         rate = self.rate(self.state.step)
@@ -282,6 +335,9 @@ class Trainer:
         hook.apt_step_end(state=self.state, model=model, metrics=metrics)
         self._watch.done(total)
         step = self.state.step
+        if self._spikes is not None and self._spikes.is_spike(lossiness := self._step_loss.item()):
+            self.metrics.write("spike", step=step, epoch=self.state.epoch, loss=lossiness)
+            self.report.line(f"step {step}: the loss spikes to {lossiness:.3f}")
         if step % config.monitoring.log_every == 0 or step in (1, self.state.max_steps):
             self._log(rate, norm, metrics)
 
@@ -308,15 +364,33 @@ class Trainer:
                 extra.update(losses)
         return loss, extra
 
-    def _not_finite(self, first: int, accumulate: int) -> str:
-        gradients = ((name, each.grad) for name, each in self.model.named_parameters())
-        broken = [name for name, grad in gradients if grad is not None and not grad.isfinite().all()]
-        named = ", ".join(broken[:5]) + (f" and {len(broken) - 5} more" if len(broken) > 5 else "")
-        return (
-            f"step {self.state.step}: the gradient is not finite (micro-batches {first} to {first + accumulate - 1} of seed "
-            f"{self.config.training.seed}; first in {named or 'the loss itself'}); lower training.learning_rate or "
-            "training.gradient_clip; the last checkpoint is untouched"
+    def _not_finite(self, first: int, micro: list[Batch]) -> None:
+        """Stop, skip the step, or go back, as the profile says."""
+        step, action = self.state.step, self.config.training.on_nonfinite
+        what = (
+            f"step {step}: the gradient is not finite (micro-batches {first} to {first + len(micro) - 1} of seed "
+            f"{self.config.training.seed}): {find_source(self.model, micro)}"
         )
+        self.optimizer.zero_grad(set_to_none=True)
+        self.troubles += 1
+        advice = "lower training.learning_rate or training.gradient_clip; the last checkpoint is untouched"
+        if action == "stop":
+            raise AptError(f"{what}; {advice}")
+        if self.troubles > MAX_TROUBLES:
+            raise AptError(f"{what}; this is the {self.troubles}th time in a row; {advice}")
+        self.metrics.write("nonfinite", step=step, epoch=self.state.epoch, action=action, what=what)
+        if action == "skip":
+            self.report.line(f"{what}; the step is skipped")
+            self.state = replace(self.state, step=step + 1)
+            return
+        self.saver.wait()
+        whole = list_checkpoints(self.out)
+        if not whole:
+            raise AptError(f"{what}; there is no checkpoint to go back to; {advice}")
+        self._restore(whole[-1])
+        restore_random(whole[-1])
+        self.left_out += step + 1 - self.state.step
+        self.report.line(f"{what}; back to step {self.state.step}, what was read since is left out")
 
     # Between the steps
 
@@ -343,8 +417,14 @@ class Trainer:
         step, last = self.state.step, self.state.step == self.state.max_steps
         if last or step % (self.config.evaluation.eval_every or self.steps_per_epoch) == 0:
             self._evaluate()
-        if last or step % (self.config.training.save_every or self.steps_per_epoch) == 0:
+        if last or self._is_time_to_save():
             self._save()
+
+    def _is_time_to_save(self) -> bool:
+        every = self.config.training.save_every
+        if isinstance(every, str):
+            return time.monotonic() - self.saved_when >= 60 * float(every.removesuffix("min"))
+        return self.state.step % (every or self.steps_per_epoch) == 0
 
     def _evaluate(self) -> Score:
         with self._watch.paused():
@@ -374,13 +454,12 @@ class Trainer:
             self.report.line(
                 f"step {state.step}: held-out loss {scored.loss:.4f} nats a token, {scored.bits_per_byte:.4f} bits a byte"
             )
-            self.scored = scored
+            self.scored, self.scored_at = scored, self.state.step
         return scored
 
     def _save(self) -> None:
         with self._watch.paused():
-            save_checkpoint(
-                self.out,
+            snapshot = take_snapshot(
                 config=self.config,
                 resolved=self.resolved,
                 model=self.model,
@@ -389,9 +468,16 @@ class Trainer:
                 state=self.state,
                 hooks=self.hooks.save_state(self.state),
                 corpus_digest=self.corpus.digest,
-                keep_last=self.config.training.keep_last,
+                progress={"left_out": self.left_out, "best": self.saver.best},
+                copy=self.saver.copies,
             )
-            self.saved_at = self.state.step
+            fresh = self.scored_at == self.state.step
+            self.saver.save(snapshot, self.scored.loss if fresh else None)
+            self.saved_at, self.saved_when = self.state.step, time.monotonic()
+
+    def _stop_soon(self, signal: str) -> None:
+        self._stop = True
+        self.report.line(f"{signal}: finishing this step, then saving (again to leave at once)")
 
     def _finish(self) -> RunResult:
         if self._stop and self.state.step < self.state.max_steps:
@@ -413,59 +499,6 @@ class Trainer:
         return RunResult(
             self.out, self.state, self.resolved, self.scored, self.model.eval(), self.tokenizer, picture, interrupted
         )
-
-    @contextlib.contextmanager
-    def _signals(self, report: Report) -> Iterator[None]:
-        """Ctrl-C and SIGTERM finish the step and save; a second one leaves at once."""
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            if self._stop:
-                raise KeyboardInterrupt
-            self._stop = True
-            report.line(f"{signal.Signals(number).name}: finishing this step, then saving (again to leave at once)")
-
-        try:
-            before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not in the main thread, where signals cannot be taken
-            yield
-            return
-        try:
-            yield
-        finally:
-            for each, handler in before.items():
-                signal.signal(each, handler)
-
-
-class _Watch:
-    """Sums of losses, and the time that training takes, between two lines of the log."""
-
-    def __init__(self, config: APTConfig) -> None:
-        self._per_step = config.max_seq_len
-        self._sums: dict[str, Tensor] = {}
-        self._steps, self._tokens, self._since = 0, 0, time.perf_counter()
-
-    def add(self, name: str, value: Tensor) -> None:
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
-
-    def done(self, tokens: int) -> None:
-        self._steps += 1
-        self._tokens += tokens
-
-    def read(self) -> tuple[dict[str, float], float]:
-        """Mean losses a step and tokens a second since the last reading."""
-        means = {name: total.item() / max(1, self._steps) for name, total in self._sums.items()}
-        speed = self._tokens / max(1e-9, time.perf_counter() - self._since)
-        self._sums, self._steps, self._tokens, self._since = {}, 0, 0, time.perf_counter()
-        return means, speed
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens in here is not training time."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._since += time.perf_counter() - start
 
 
 def _device(config: APTConfig) -> torch.device:

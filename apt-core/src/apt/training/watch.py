@@ -1,0 +1,91 @@
+"""What a run keeps an eye on beside the model: the clock, the sums of its losses, and the signals that end it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+from torch import Tensor
+
+
+class Stopwatch:
+    """Sums of losses, and the time that training takes, between two lines of the log."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._steps, self._tokens, self._since = 0, 0, time.perf_counter()
+
+    def add(self, name: str, value: Tensor) -> None:
+        """A share of a step's loss."""
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def done(self, tokens: int) -> None:
+        """A step is over."""
+        self._steps += 1
+        self._tokens += tokens
+
+    def read(self) -> tuple[dict[str, float], float]:
+        """Mean losses a step and tokens a second since the last reading."""
+        means = {name: total.item() / max(1, self._steps) for name, total in self._sums.items()}
+        speed = self._tokens / max(1e-9, time.perf_counter() - self._since)
+        self._sums, self._steps, self._tokens, self._since = {}, 0, 0, time.perf_counter()
+        return means, speed
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens in here is not training time."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - start
+
+
+class SpikeDetector:
+    """Says which losses lie far above those of the last `window` steps."""
+
+    def __init__(self, deviations: float, window: int = 50) -> None:
+        self.deviations = deviations
+        self._last: deque[float] = deque(maxlen=window)
+
+    def is_spike(self, loss: float) -> bool:
+        """Whether this step's loss is one; a spike does not count in what later ones are held against."""
+        if len(self._last) == self._last.maxlen:
+            mean = sum(self._last) / len(self._last)
+            deviation = math.sqrt(sum((each - mean) ** 2 for each in self._last) / len(self._last))
+            if loss > mean + self.deviations * deviation:
+                return True
+        self._last.append(loss)
+        return False
+
+
+@contextlib.contextmanager
+def stop_signals(stop: Callable[[str], None]) -> Iterator[None]:
+    """Call `stop` with the name of the first SIGINT or SIGTERM; a second one leaves at once (`KeyboardInterrupt`).
+
+    Outside of the main thread, where signals cannot be taken, nothing is done.
+    """
+    seen = False
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal seen
+        if seen:
+            raise KeyboardInterrupt
+        seen = True
+        stop(signal.Signals(number).name)
+
+    try:
+        before = {each: signal.signal(each, handle) for each in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
