@@ -1,4 +1,7 @@
-"""Every block of code in the docs runs: Python in one namespace a page, YAML that has a `name` as a whole profile."""
+"""Every block of code in the docs runs: Python in one namespace a page, YAML as a profile, whole or completed.
+
+``pytest -p blocks docs README.md apt-*/README.md`` with ``docs`` on the path; `console` and `text` blocks are not run.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,17 @@ ROOT = Path(__file__).parent.parent
 
 
 class YAMLParser(CodeBlockParser):
-    """A block that begins with ``name:`` is a profile, and must be a good one."""
+    """A block that begins with a section of profiles is one, and must be a good one; what it leaves out is completed."""
 
     language = "yaml"
 
     def evaluate(self, example: Example) -> None:
         """Load it, from the repository's root."""
         text = str(example.parsed)
-        if not text.startswith(("name:", "base:")):
+        if not text.startswith(("name:", "base:", "plugins:", "model:")):
             return
+        if "training:" not in text and not text.startswith("base:"):
+            text += "\ntraining: {max_epochs: 1}\n"
         path = ROOT / ".docs-profile.yaml"
         path.write_text(text)
         try:
