@@ -1,4 +1,4 @@
-"""Nothing is left out of the docs: what a profile can say, what a schedule can move, what an old profile said, what a provider is."""
+"""Nothing is left out of the docs: what a profile can say, what a schedule can move, what old names became."""
 
 from __future__ import annotations
 

@@ -351,6 +351,36 @@ def test_a_resume_says_what_has_changed_and_refuses_what_may_not(profile_file: P
     assert "allowed: training.max_epochs: 3 -> 4" in told
 
 
+def test_what_stands_in_is_written_down_everywhere(profile_file: Path, tmp_path: Path) -> None:
+    output = io.StringIO()
+    sets = ["model.attention={provider: flash_v9, fallback: [sdpa]}"]
+    result = train(profile_file, tmp_path / "run", *sets, console=Console(file=output))
+    line = "# model.attention: attention.sdpa of apt-core"
+    for folder in (result.folder, result.folder / "step-000008"):
+        text = (folder / "resolved.yaml").read_text()
+        assert line in text
+        assert "(asked for flash_v9: no attention provider 'flash_v9' is installed" in text
+    record = json.loads((result.folder / "record.json").read_text())["providers"][0]
+    assert (record["asked"], record["used"]) == ("flash_v9", "sdpa")
+    assert "asked for flash_v9" in (result.folder / "README.md").read_text()
+
+
+def test_a_strict_lock_refuses_what_has_changed(profile_file: Path, tmp_path: Path) -> None:
+    sets = ["model.ffn={provider: ./mine.py:Mine}", "training.save_every=2"]
+    source = "from apt.builtin.ffn import MLP\n\nclass Mine(MLP):\n    'As it is.'\n"
+    (tmp_path / "mine.py").write_text(source)
+    train(profile_file, tmp_path / "run", *sets)
+    (tmp_path / "mine.py").write_text(source + "# changed\n")
+    checkpoint = str(tmp_path / "run" / "step-000006")
+    with pytest.raises(
+        CheckpointError, match=r"was made by other providers than those here:\n  model.ffn: \(file\) was sha256"
+    ):
+        train(profile_file, tmp_path / "new", *sets, resume=checkpoint, strict_lock=True)
+    output = io.StringIO()
+    train(profile_file, tmp_path / "new", *sets, resume=checkpoint, console=Console(file=output, width=300))
+    assert "warning: step-000006: model.ffn: (file) was sha256" in output.getvalue()
+
+
 def test_a_run_that_was_not_pointed_to_is_taken_by_its_newest_whole_checkpoint(
     profile_file: Path, tmp_path: Path
 ) -> None:

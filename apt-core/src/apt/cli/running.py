@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -29,6 +30,7 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
         metavar="auto|PATH|never",
         help="go on from the newest checkpoint in --out, or from this run or checkpoint (default: never)",
     )
+    _add_strict_lock(train)
     train.set_defaults(run=_train)
 
     generate = commands.add_parser("generate", help="let a trained model write")
@@ -60,12 +62,19 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-local-code", action="store_true", help="run provider code that the run's profile names by file"
     )
+    _add_strict_lock(parser)
+
+
+def _add_strict_lock(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strict-lock", action="store_true", help="refuse where a provider is not exactly the one that trained the run"
     )
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    if os.environ.get("RANK", "0") != "0":
+        # Of the processes that torchrun started one speaks; errors of the others are told all the same.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     profile = read_profile(arguments)
     print_notes(profile)
     assert profile.resolved is not None
@@ -74,9 +83,13 @@ def _train(arguments: argparse.Namespace) -> int:
     out = arguments.out or _default_out(profile.config.name, arguments.resume)
     from apt.training.trainer import Trainer
 
-    result = Trainer(profile.config, out, resolved=profile.resolved, resume=arguments.resume).fit()
+    result = Trainer(
+        profile.config, out, resolved=profile.resolved, resume=arguments.resume, strict_lock=arguments.strict_lock
+    ).fit()
     if result.interrupted:
         return 130
+    if os.environ.get("RANK", "0") != "0":
+        return 0
     from apt.inference.generate import generate
 
     evaluation = profile.config.evaluation

@@ -164,6 +164,15 @@ def dump_profile(config: APTConfig) -> str:
     return yaml.dump(to_profile(config))
 
 
+def dump_resolved(config: APTConfig, resolved: Resolved) -> str:
+    """The canonical form, under comments that say what every provider was resolved to, and why another stands in."""
+    lines = []
+    for each in resolved.resolutions:
+        why = f" (asked for {each.asked}: {each.why})" if each.why else ""
+        lines.append(f"# {each.where}: {each.kind}.{each.used} of {each.distribution} {each.version}{why}")
+    return "\n".join(lines) + "\n" + dump_profile(config)
+
+
 def read_resolved(path: Path, registry: Registry | None = None, allow_local_code: bool = False) -> Profile:
     """The profile that a run or checkpoint holds; code in files runs only with `allow_local_code`."""
     used = installed if registry is None else registry

@@ -98,6 +98,10 @@ class Hardware(Section):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, ge=1, description="CPU threads; none: PyTorch's choice")
+    parallel: Literal["none", "ddp"] = Field(
+        default="none",
+        description="how the processes that torchrun starts share the work: ddp, each a part of every batch",
+    )
 
 
 class Debug(Section):

@@ -11,7 +11,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from apt.core.config import APTConfig
 from apt.core.local import code_of, kept_name
 from apt.core.lock import Lock, check_lock, make_lock
-from apt.core.profile import dump_profile, read_resolved
+from apt.core.profile import dump_resolved, read_resolved
 from apt.core.providers import Tokenizer, TokenizerProvider
 from apt.core.resolution import record_of
 from apt.core.resolve import Resolved, resolve_config
@@ -86,16 +86,16 @@ def take_snapshot(
     hooks: Mapping[str, Mapping[str, object]],
     corpus_digest: str,
     progress: Mapping[str, object],
+    randoms: Sequence[RandomState],
     copy: bool,
 ) -> Snapshot:
     """Everything that a resume needs. With `copy` nothing that training changes later changes the snapshot.
 
-    `progress` is what the trainer itself wants to find again, as JSON values.
+    `progress` is what the trainer itself wants to find again, as JSON values; `randoms` has the states of each rank.
     """
     plain, extra = _split(hooks)
-    extra["random.torch"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        extra["random.cuda"] = torch.cuda.get_rng_state()
+    for rank, each in enumerate(randoms):
+        extra |= {f"random.{name}.{rank}": tensor for name, tensor in each.tensors.items()}
     saved = {
         "format": FORMAT,
         "step": state.step,
@@ -106,11 +106,11 @@ def take_snapshot(
         "values": dict(state.values),
         "progress": dict(progress),
         "hooks": plain,
-        "random": {"python": _listed(random.getstate()), "numpy": _numpy_state()},
+        "random": [each.plain for each in randoms],
         "corpus": corpus_digest,
         "lock": make_lock(resolved).to_dict(),
     }
-    texts: dict[str, str | bytes] = {PROFILE: dump_profile(config), STATE: json.dumps(saved, indent=1)}
+    texts: dict[str, str | bytes] = {PROFILE: dump_resolved(config, resolved), STATE: json.dumps(saved, indent=1)}
     for resolution in resolved.resolutions:
         record = record_of(resolution.provider)
         if record.sha256:
@@ -274,15 +274,37 @@ def restore(folder: Path, model: nn.Module, optimizer: Optimizer) -> tuple[RunSt
     return read_state(saved), _joined(saved["hooks"], load_file(folder / EXTRA))
 
 
-def restore_random(folder: Path) -> None:
-    """Put all random states in place: the last thing before the first step, so that nothing draws in between."""
+@dataclass(frozen=True)
+class RandomState:
+    """The random states of one process: those of Python and NumPy as JSON values, those of PyTorch."""
+
+    plain: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def now(cls) -> RandomState:
+        """As they are."""
+        tensors = {"torch": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            tensors["cuda"] = torch.cuda.get_rng_state()
+        return cls({"python": _listed(random.getstate()), "numpy": _numpy_state()}, tensors)
+
+
+def restore_random(folder: Path, rank: int = 0) -> bool:
+    """Put all random states in place: the last thing before the first step, so that nothing draws in between.
+
+    Says whether the checkpoint holds any for this rank; one of fewer ranks does not.
+    """
     kept, extra = read_saved(folder)["random"], load_file(folder / EXTRA)
-    random.setstate(_tupled(kept["python"]))
-    name, keys, position, has_gauss, cached = kept["numpy"]
+    if rank >= len(kept):
+        return False
+    random.setstate(_tupled(kept[rank]["python"]))
+    name, keys, position, has_gauss, cached = kept[rank]["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(extra["random.torch"])
-    if torch.cuda.is_available() and "random.cuda" in extra:
-        torch.cuda.set_rng_state(extra["random.cuda"])
+    torch.set_rng_state(extra[f"random.torch.{rank}"])
+    if torch.cuda.is_available() and f"random.cuda.{rank}" in extra:
+        torch.cuda.set_rng_state(extra[f"random.cuda.{rank}"])
+    return True
 
 
 def _distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

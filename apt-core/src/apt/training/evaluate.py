@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from apt.data.batches import windows
 from apt.data.corpus import TokenSplit
 from apt.hookspecs import Batch
+from apt.training.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class Score:
     num_tokens: int
 
 
+ALONE = Ranks()
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -32,43 +36,68 @@ def evaluate(
     batch_size: int,
     max_batches: int | None = None,
     device: torch.device | None = None,
-) -> tuple[Score, dict[str, torch.Tensor]]:
-    """Score a split, or its first `max_batches` batches; also the model's own metrics, averaged over batches.
+    ranks: Ranks = ALONE,
+) -> tuple[Score, dict[str, Tensor]]:
+    """Score a split, or `max_batches` batches spread over it; also the model's own metrics.
 
     Auxiliary losses are not counted, nothing is dropped, and no random state is touched.
     """
-    return score(
-        model, windows(split, seq_len, batch_size, max_batches), bytes_per_token=split.bytes_per_token, device=device
-    )
+    batches = windows(split, seq_len, batch_size, max_batches)
+    return score(model, batches, bytes_per_token=split.bytes_per_token, device=device, ranks=ranks)
 
 
 @torch.no_grad()
 def score(
-    model: nn.Module, batches: Iterable[Batch], *, bytes_per_token: float, device: torch.device | None = None
-) -> tuple[Score, dict[str, torch.Tensor]]:
-    """Score these batches."""
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    bytes_per_token: float,
+    device: torch.device | None = None,
+    ranks: Ranks = ALONE,
+) -> tuple[Score, dict[str, Tensor]]:
+    """Score these batches, each rank its rows of each; losses and metrics are weighted by tokens."""
     was_training = model.training
     model.eval()
-    total, count, number = 0.0, 0, 0
-    metrics: dict[str, torch.Tensor] = {}
+    sums: dict[str, Tensor] = {
+        _LOSS: torch.zeros((), dtype=torch.float64),
+        _COUNT: torch.zeros((), dtype=torch.float64),
+    }
     try:
         for batch in batches:
-            tokens, targets = batch.tokens.to(device), batch.targets.to(device)
-            if batch.mask is not None:
-                targets = targets.masked_fill(~batch.mask.to(device), -100)
+            here = _rows(batch, ranks)
+            tokens, targets = here.tokens.to(device), here.targets.to(device)
+            if here.mask is not None:
+                targets = targets.masked_fill(~here.mask.to(device), -100)
             output = model(tokens)
             loss = nn.functional.cross_entropy(
                 output.logits.flatten(0, 1).float(), targets.flatten(), reduction="sum", ignore_index=-100
             )
-            total += loss.item()
-            count += int((targets != -100).sum())
-            number += 1
+            count = (targets != -100).sum()
+            sums[_LOSS] += loss.double().cpu()
+            sums[_COUNT] += count.cpu()
             for name, metric in output.metrics.items():
-                metrics[name] = metrics[name] + metric if name in metrics else metric
+                weighted = metric.double().cpu() * count.cpu()
+                sums[name] = sums[name] + weighted if name in sums else weighted
     finally:
         model.train(was_training)
-    mean = total / max(1, count)
-    return (
-        Score(mean, mean / math.log(2) / bytes_per_token, count),
-        {name: metric / max(1, number) for name, metric in metrics.items()},
-    )
+    sums = ranks.sum(sums)
+    num_tokens = int(sums.pop(_COUNT).item())
+    mean = sums.pop(_LOSS).item() / max(1, num_tokens)
+    metrics = {name: (total / max(1, num_tokens)).float() for name, total in sums.items()}
+    return Score(mean, mean / math.log(2) / bytes_per_token, num_tokens), metrics
+
+
+_LOSS, _COUNT = "(loss)", "(count)"
+
+
+def _rows(batch: Batch, ranks: Ranks) -> Batch:
+    """This rank's rows; where there are too few for all, rows that do not count fill the batch up."""
+    if ranks.size == 1:
+        return batch
+    mask = torch.ones_like(batch.targets, dtype=torch.bool) if batch.mask is None else batch.mask
+    short = -len(mask) % ranks.size
+    if short:
+        tokens, targets = (torch.cat((each, each[:1].expand(short, -1))) for each in (batch.tokens, batch.targets))
+        batch = Batch(tokens, targets)
+        mask = torch.cat((mask, torch.zeros_like(mask[:1]).expand(short, -1)))
+    return Batch(ranks.share(batch.tokens), ranks.share(batch.targets), ranks.share(mask))

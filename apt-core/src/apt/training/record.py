@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Mapping
 from importlib.metadata import distributions
 from pathlib import Path
+from typing import TextIO
 
 from apt.core.config import APTConfig
 from apt.core.registry import Resolution
@@ -21,17 +22,27 @@ METRICS, RECORD, CARD, PLOT = "metrics.jsonl", "record.json", "README.md", "loss
 
 
 class Metrics:
-    """Appends events to `metrics.jsonl`; what an interrupted run wrote beyond its checkpoint is cut off on resume."""
+    """Appends events to `metrics.jsonl` in `folder` (none: nowhere, for ranks that do not write).
 
-    def __init__(self, folder: Path, resumed_at: int | None) -> None:
-        self.path = folder / METRICS
-        if resumed_at is not None and self.path.is_file():
+    What an interrupted run wrote beyond its checkpoint is cut off on resume.
+    """
+
+    def __init__(self, folder: Path | None, resumed_at: int | None) -> None:
+        self._file = None if folder is None else self._open(folder, resumed_at)
+
+    def _open(self, folder: Path, resumed_at: int | None) -> TextIO:
+        path = folder / METRICS
+        if resumed_at is not None and path.is_file():
             kept = [event for event in read_metrics(folder) if int(str(event.get("step", 0))) <= resumed_at]
-            self.path.write_text("".join(json.dumps(event) + "\n" for event in kept))
-        self._file = self.path.open("a" if resumed_at is not None else "w", buffering=1)
+            rewritten = path.with_suffix(".part")
+            rewritten.write_text("".join(json.dumps(event) + "\n" for event in kept))
+            rewritten.replace(path)
+        return path.open("a" if resumed_at is not None else "w", buffering=1)
 
     def write(self, event: str, **values: object) -> None:
         """One line. A number that is not finite becomes null: JSON has no other way to say it."""
+        if self._file is None:
+            return
         plain = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in values.items()
@@ -40,7 +51,8 @@ class Metrics:
 
     def close(self) -> None:
         """No more events."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, object]]:

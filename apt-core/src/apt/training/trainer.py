@@ -1,42 +1,40 @@
 """The loop: a profile becomes a trained model, and every switch, value and moment of it is where the profile says.
 
-Each step: the schedule sets its buffers; the micro-batches give loss and gradient; the proof of use is made where it is due;
-the gradient is clipped; the optimizer steps; the hooks are called in between. Nothing of a step depends on how often the
-run was evaluated or interrupted.
+Each step: the schedule sets its buffers; the micro-batches give loss and gradient; the proof of use is made where it is due; the
+gradient is clipped; the optimizer steps; the hooks are called in between. Nothing of a step depends on how often the run was
+evaluated, interrupted or killed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import random
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from apt.core.config import APTConfig
 from apt.core.hooks import HookRunner
 from apt.core.lock import Lock, check_lock, make_lock
-from apt.core.profile import dump_profile, read_resolved
-from apt.core.providers import DataProvider, Tokenizer, TokenizerProvider
+from apt.core.profile import dump_resolved, read_resolved
+from apt.core.providers import Tokenizer
 from apt.core.resolve import Resolved, resolve_config
-from apt.core.schedules import Schedule, run_length
-from apt.data.batches import Batches, windows
-from apt.data.corpus import Corpus, TokenSplit, require, steps_per_epoch, training_texts
+from apt.core.schedules import Schedule
+from apt.data.batches import windows
 from apt.errors import AptError, CheckpointError, UserError
 from apt.hookspecs import Batch, RunState
-from apt.layers import Output
-from apt.modeling.compose import ModelBuilder
 from apt.modeling.model import Decoder
-from apt.modeling.parts import scheduled_buffers, set_active
+from apt.modeling.parts import set_active
+from apt.training.assembly import assemble
 from apt.training.changes import check_changes
 from apt.training.checkpoint import (
     PROFILE,
+    RandomState,
     find_checkpoint,
     list_checkpoints,
     read_saved,
@@ -47,10 +45,10 @@ from apt.training.checkpoint import (
 )
 from apt.training.evaluate import Score, evaluate, score
 from apt.training.guard import explain_memory, find_source
-from apt.training.optim import learning_rate, make_optimizer
+from apt.training.loss import LossStep, distribute
 from apt.training.plot import plot_run
 from apt.training.progress import Report
-from apt.training.proof import ProofOfUse
+from apt.training.ranks import Ranks, join_ranks
 from apt.training.record import Metrics, write_card, write_record
 from apt.training.saver import Saver
 from apt.training.watch import SpikeDetector, Stopwatch, stop_signals
@@ -74,10 +72,10 @@ class RunResult:
 
 
 class Trainer:
-    """One run in one process, in the folder `out`.
+    """One run in the folder `out`: in one process, or in those that `torchrun` started.
 
     `resume` is ``"never"`` (the folder must be new), ``"auto"`` (go on from the folder's newest checkpoint, where it has one),
-    or the path of a checkpoint. Raises `UserError` and its kin before anything is written where the run cannot be.
+    or the path of a checkpoint, whose providers must be exactly those of now where `strict_lock` is set.
     """
 
     def __init__(
@@ -87,12 +85,12 @@ class Trainer:
         *,
         resolved: Resolved | None = None,
         resume: str = "never",
+        strict_lock: bool = False,
         console: Console | None = None,
     ) -> None:
-        self.config, self.out = config, Path(out)
+        self.config, self.out, self.resume, self.strict_lock = config, Path(out), resume, strict_lock
         self.resolved = resolve_config(config) if resolved is None else resolved
         self.console = Console() if console is None else console
-        self.checkpoint = self._find_checkpoint(resume)
         self.hooks = HookRunner(self.resolved.plugins)
         self.schedule = Schedule(config)
         self._stop = False
@@ -104,15 +102,30 @@ class Trainer:
         """Steps in a row whose numbers were not finite."""
 
     def fit(self) -> RunResult:
-        """Train to the end, or until Ctrl-C or SIGTERM, which finish the step and save."""
+        """Train to the end, or until Ctrl-C or SIGTERM, which finish the step and save.
+
+        Raises `UserError` and its kin before anything is written where the run cannot be.
+        """
+        with join_ranks(self.config) as ranks:
+            return self._fit(ranks)
+
+    def _fit(self, ranks: Ranks) -> RunResult:
+        self.ranks = ranks
+        self.out = Path(str(ranks.gather(str(self.out))[0]))
+        if not ranks.is_main:
+            self.console = Console(quiet=True)
+        ranks.check_equal("the providers (their lock)", make_lock(self.resolved).digest)
+        self.checkpoint = self._find_checkpoint()
+        ranks.wait()
         self._prepare()
-        self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / PROFILE).write_text(dump_profile(self.config))
         parameters = sum(each.numel() for each in self.model.parameters())
-        if self.checkpoint is None:
-            write_record(self.out, self.config, self.resolved, self.corpus.digest, parameters)
-        self.metrics = Metrics(self.out, None if self.checkpoint is None else self.state.step)
-        name = f"{self.config.name} ({parameters / 1e6:.2f} M)"
+        if ranks.is_main:
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / PROFILE).write_text(dump_resolved(self.config, self.resolved))
+            if self.checkpoint is None:
+                write_record(self.out, self.config, self.resolved, self.corpus.digest, parameters)
+        self.metrics = Metrics(self.out if ranks.is_main else None, self.state.step if self.checkpoint else None)
+        name = f"{self.config.name} ({parameters / 1e6:.2f} M{f', {ranks.size} ranks' if ranks.size > 1 else ''})"
         try:
             with (
                 Report(self.console, name, self.state.step, self.state.max_steps) as report,
@@ -130,17 +143,17 @@ class Trainer:
 
     # Before the first step
 
-    def _find_checkpoint(self, resume: str) -> Path | None:
-        if resume == "never":
+    def _find_checkpoint(self) -> Path | None:
+        if self.resume == "never":
             if self.out.is_dir() and any(self.out.iterdir()):
                 raise UserError(f"{self.out}: is not empty; give another --out, or --resume auto to go on there")
             return None
-        if resume == "auto":
-            if not (self.out / "latest").is_file():
+        if self.resume == "auto":
+            if not list_checkpoints(self.out):
                 return None
             folder = find_checkpoint(self.out)
         else:
-            folder = find_checkpoint(Path(resume))
+            folder = find_checkpoint(Path(self.resume))
         verify(folder)
         return folder
 
@@ -151,65 +164,32 @@ class Trainer:
             saved = read_resolved(self.checkpoint / PROFILE).config
             for line in check_changes(self.checkpoint, saved, config):
                 self._warn(f"the profile has changed since {self.checkpoint.name}: {line}")
-        if config.hardware.threads is not None:
-            torch.set_num_threads(config.hardware.threads)
-        self.device = _device(config)
-        source, tokenizer = self.resolved.providers["data"], self.resolved.providers["tokenizer"]
-        assert isinstance(source, DataProvider)
-        assert isinstance(tokenizer, TokenizerProvider)
-        with self.console.status("reading the text"):
-            self.corpus = Corpus.of(source.read())
-            self.tokenizer = (
-                tokenizer.train(training_texts(self.corpus))
-                if self.checkpoint is None
-                else tokenizer.load(self.checkpoint)
-            )
-        if self.tokenizer.vocab_size > config.vocab_size:
-            raise UserError(
-                f"model.vocab_size: {config.vocab_size} is less than the tokenizer's {self.tokenizer.vocab_size} ids"
-            )
-        self.train_split = self._split("train")
-        self.validation = self._split("validation")
-        training = config.training
-        self.batches = Batches(self.train_split, config.max_seq_len, training.batch_size, training.seed)
-        self.steps_per_epoch = steps_per_epoch(config, len(self.train_split.tokens))
-        max_steps, max_epochs = run_length(training, self.steps_per_epoch)
-        self.state = RunState(0, 0, max_steps, max_epochs)
-        random.seed(training.seed)
-        np.random.seed(training.seed)
-        torch.manual_seed(training.seed)
-        self.model = ModelBuilder(config, resolved=self.resolved).build_model().to(self.device)
-        self.buffers = scheduled_buffers(self.model)
-        self.optimizer = make_optimizer(self.model, config)
-        self.rate = learning_rate(config, max_steps)
-        self.proof = ProofOfUse(self.model)
+        parts = assemble(config, self.resolved, self.ranks, self.checkpoint, self.console)
+        self.device, self.corpus, self.tokenizer = parts.device, parts.corpus, parts.tokenizer
+        self.validation, self.batches, self.steps_per_epoch = parts.validation, parts.batches, parts.steps_per_epoch
+        self.model, self.buffers, self.optimizer = parts.model, parts.buffers, parts.optimizer
+        self.rate, self.proof = parts.rate, parts.proof
+        self.state = RunState(0, 0, parts.max_steps, parts.max_epochs)
         self.saver = Saver(
             self.out,
-            keep_last=training.keep_last,
-            keep_best=training.keep_best,
-            asynchronous=training.async_save,
+            keep_last=config.training.keep_last,
+            keep_best=config.training.keep_best,
+            asynchronous=config.training.async_save,
         )
-        self.model.recompute = training.recompute
         self.hooks.hook.apt_model_built(config=config, model=self.model)
-        for plugin in config.plugins:
-            set_active(self.model, plugin, False)
         if self.checkpoint is not None:
             self._resume(self.checkpoint)
         if config.training.compile:
             for block in self.model.blocks:
                 block.compile(fullgraph=False)
-
-    def _split(self, name: str) -> TokenSplit:
-        split = self.corpus.tokens(name, self.tokenizer, self.config.bos_token_id)  # type: ignore[arg-type]
-        require(split, name, self.config.max_seq_len)  # type: ignore[arg-type]
-        return split
+        self.forward = distribute(LossStep(self.model, self.hooks, config.training.precision), self.ranks)
 
     def _resume(self, folder: Path) -> None:
         """Go on from a checkpoint, with what a profile may change since."""
         saved = read_saved(folder)
         if saved["corpus"] != self.corpus.digest:
             raise CheckpointError(f"{folder}: was trained on another text than data.source gives now")
-        for fault in check_lock(Lock.from_dict(saved["lock"]), make_lock(self.resolved), strict=False):
+        for fault in check_lock(Lock.from_dict(saved["lock"]), make_lock(self.resolved), strict=self.strict_lock):
             self._warn(f"{folder.name}: {fault}")
         if saved["step"] >= self.state.max_steps:
             step = saved["step"]
@@ -238,8 +218,8 @@ class Trainer:
         hook.apt_training_start(state=self.state, model=model, optimizer=self.optimizer)
         self._watch = Stopwatch()
         self._spikes = None if self.config.monitoring.spike is None else SpikeDetector(self.config.monitoring.spike)
-        if self.checkpoint is not None:
-            restore_random(self.checkpoint)
+        if self.checkpoint is not None and not restore_random(self.checkpoint, self.ranks.rank):
+            self._warn(f"{self.checkpoint.name} was saved by fewer ranks; rank {self.ranks.rank} draws anew")
         try:
             while self.state.step < self.state.max_steps and not self._stop:
                 within = self.state.step % self.steps_per_epoch
@@ -248,6 +228,7 @@ class Trainer:
                 if within + 1 == self.steps_per_epoch:
                     self.state = replace(self.state, epoch=self.state.epoch + 1)
                     hook.apt_epoch_end(state=self.state)
+                self._stop = self.ranks.any(self._stop)
                 self._look_after()
         finally:
             hook.apt_training_end(state=self.state, model=model)
@@ -283,38 +264,25 @@ class Trainer:
         set_active(self.model, plugin, True)
         self.hooks.phase_changed(plugin, self.state, self.model, self.optimizer)
         after = self._fixed_loss()
+        step = self.state.step
         self.metrics.write(
-            "switch", step=self.state.step, epoch=self.state.epoch, plugin=plugin, loss_before=before, loss_after=after
+            "switch", step=step, epoch=self.state.epoch, plugin=plugin, loss_before=before, loss_after=after
         )
         self.report.line(
-            f"step {self.state.step}: {plugin} on; held-out loss of one batch {before:.6f} -> {after:.6f} ({after - before:+.1e})"
+            f"step {step}: {plugin} on; held-out loss of one batch {before:.6f} -> {after:.6f} ({after - before:+.1e})"
         )
 
     def _fixed_loss(self) -> float:
         batches = windows(self.validation, self.config.max_seq_len, self.config.training.batch_size, 1)
-        return score(self.model, batches, bytes_per_token=1.0, device=self.device)[0].loss
+        return score(self.model, batches, bytes_per_token=1.0, device=self.device, ranks=self.ranks)[0].loss
 
     def _step(self) -> None:
         config, model, hook = self.config, self.model, self.hooks.hook
         due = self.proof.due() if self.proof.pending else []
         self.proof.watch(due)
-        accumulate = config.training.accumulate
-        first = (self.state.step + self.left_out) * accumulate
-        micro = [self._batch(first + index) for index in range(accumulate)]
-        counts = [batch.targets.numel() if batch.mask is None else int(batch.mask.sum()) for batch in micro]
-        total = max(1, sum(counts))
-        metrics: dict[str, float] = {}
-        self._step_loss = torch.zeros((), device=self.device)
-        for batch, count in zip(micro, counts, strict=True):
-            loss, extra = self._loss(batch)
-            share = loss * (count / total)
-            for name, more in extra.items():
-                share = share + more / accumulate
-                self._watch.add(f"loss_{name}", more.detach() / accumulate)
-            torch.autograd.backward(share)
-            self._step_loss = self._step_loss + loss.detach() * (count / total)
-        self._watch.add("loss", self._step_loss)
-        limit = config.gradient_clip or math.inf
+        first = (self.state.step + self.left_out) * config.training.accumulate
+        micro = [self._batch(first + index) for index in range(config.training.accumulate)]
+        total = self._backward(micro)
         parameters = [each for each in model.parameters() if each.grad is not None]
         total_norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
         norm = total_norm.item()
@@ -323,7 +291,7 @@ class Trainer:
             self._not_finite(first, micro)
             return
         self.troubles = 0
-        nn.utils.clip_grads_with_norm_(parameters, limit, total_norm)
+        nn.utils.clip_grads_with_norm_(parameters, config.gradient_clip or math.inf, total_norm)
         self.proof.check(due, self.state.step)
         hook.apt_gradients_ready(state=self.state, model=model)
         rate = self.rate(self.state.step)
@@ -332,37 +300,47 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.state = replace(self.state, step=self.state.step + 1)
+        metrics: dict[str, float] = {}
         hook.apt_step_end(state=self.state, model=model, metrics=metrics)
         self._watch.done(total)
         step = self.state.step
-        if self._spikes is not None and self._spikes.is_spike(lossiness := self._step_loss.item()):
-            self.metrics.write("spike", step=step, epoch=self.state.epoch, loss=lossiness)
-            self.report.line(f"step {step}: the loss spikes to {lossiness:.3f}")
         if step % config.monitoring.log_every == 0 or step in (1, self.state.max_steps):
             self._log(rate, norm, metrics)
 
+    def _backward(self, micro: list[Batch]) -> int:
+        """The gradient of the mean loss over all tokens of the step, of all ranks; returns how many tokens that are."""
+        counts = [each.targets.numel() if each.mask is None else int(each.mask.sum()) for each in micro]
+        total = max(1, int(self.ranks.sum({"": torch.tensor(sum(counts))})[""]))
+        # Proofs watch modules run, which a compiled block does not show.
+        stance = torch.compiler.set_stance("force_eager") if self.proof.pending else contextlib.nullcontext()
+        step_loss = torch.zeros((), device=self.device)
+        for number, (batch, count) in enumerate(zip(micro, counts, strict=True), 1):
+            # Gradients are averaged over the ranks, once a step.
+            held: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+            if isinstance(self.forward, DistributedDataParallel) and number < len(micro):
+                held = self.forward.no_sync()
+            with stance, held:
+                share, told = self.forward(
+                    self.state, batch, weight=count * self.ranks.size / total, extra_weight=1 / len(micro)
+                )
+                torch.autograd.backward(share)
+            step_loss = step_loss + told.pop("loss") * (count / total)
+            for name, loss in told.items():
+                self._watch.add(f"loss_{name}", loss / (len(micro) * self.ranks.size))
+        self._watch.add("loss", step_loss)
+        if self._spikes is not None:
+            loss = self.ranks.sum({"": step_loss})[""].item()
+            if self._spikes.is_spike(loss):
+                self.metrics.write("spike", step=self.state.step, epoch=self.state.epoch, loss=loss)
+                self.report.line(f"step {self.state.step}: the loss spikes to {loss:.3f}")
+        return total
+
     def _batch(self, index: int) -> Batch:
-        batch = self.batches.get(index)
-        batch.tokens, batch.targets = batch.tokens.to(self.device), batch.targets.to(self.device)
+        """This rank's part of a micro-batch, as the plugins leave it."""
+        whole = self.batches.get(index)
+        batch = Batch(*(self.ranks.share(each).to(self.device) for each in (whole.tokens, whole.targets)))
         self.hooks.hook.apt_batch_prepare(state=self.state, batch=batch)
         return batch
-
-    def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean cross entropy of a micro-batch, and the losses of parts and plugins by name."""
-        precision = torch.bfloat16 if self.config.training.precision == "bf16" else None
-        stance = torch.compiler.set_stance("force_eager") if self.proof.pending else contextlib.nullcontext()
-        with torch.autocast(self.device.type, precision, enabled=precision is not None), stance:
-            output: Output = self.model(batch.tokens)
-            targets = batch.targets if batch.mask is None else batch.targets.masked_fill(~batch.mask, -100)
-            loss = nn.functional.cross_entropy(
-                output.logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100
-            )
-            extra = dict(output.losses)
-            for losses in self.hooks.hook.apt_loss_extra(
-                state=self.state, model=self.model, batch=batch, output=output
-            ):
-                extra.update(losses)
-        return loss, extra
 
     def _not_finite(self, first: int, micro: list[Batch]) -> None:
         """Stop, skip the step, or go back, as the profile says."""
@@ -384,18 +362,20 @@ class Trainer:
             self.state = replace(self.state, step=step + 1)
             return
         self.saver.wait()
+        self.ranks.wait()
         whole = list_checkpoints(self.out)
         if not whole:
             raise AptError(f"{what}; there is no checkpoint to go back to; {advice}")
         self._restore(whole[-1])
-        restore_random(whole[-1])
+        restore_random(whole[-1], self.ranks.rank)
         self.left_out += step + 1 - self.state.step
         self.report.line(f"{what}; back to step {self.state.step}, what was read since is left out")
 
     # Between the steps
 
     def _log(self, rate: float, norm: float, metrics: dict[str, float]) -> None:
-        seen, speed = self._watch.read()
+        sums, speed = self._watch.read()
+        seen = {name: value.item() for name, value in self.ranks.sum(sums).items()}
         state = self.state
         self.metrics.write(
             "train",
@@ -423,10 +403,12 @@ class Trainer:
     def _is_time_to_save(self) -> bool:
         every = self.config.training.save_every
         if isinstance(every, str):
-            return time.monotonic() - self.saved_when >= 60 * float(every.removesuffix("min"))
+            # The main rank's clock is everybody's.
+            late = time.monotonic() - self.saved_when >= 60 * float(every.removesuffix("min"))
+            return self.ranks.any(late and self.ranks.is_main)
         return self.state.step % (every or self.steps_per_epoch) == 0
 
-    def _evaluate(self) -> Score:
+    def _evaluate(self) -> None:
         with self._watch.paused():
             hook, state, extra = self.hooks.hook, self.state, dict[str, float]()
             hook.apt_evaluation_start(state=state, model=self.model)
@@ -437,6 +419,7 @@ class Trainer:
                 batch_size=self.config.training.batch_size,
                 max_batches=self.config.evaluation.max_batches,
                 device=self.device,
+                ranks=self.ranks,
             )
             hook.apt_evaluation_end(state=state, model=self.model, metrics=extra)
             self.metrics.write(
@@ -455,24 +438,28 @@ class Trainer:
                 f"step {state.step}: held-out loss {scored.loss:.4f} nats a token, {scored.bits_per_byte:.4f} bits a byte"
             )
             self.scored, self.scored_at = scored, self.state.step
-        return scored
 
     def _save(self) -> None:
         with self._watch.paused():
-            snapshot = take_snapshot(
-                config=self.config,
-                resolved=self.resolved,
-                model=self.model,
-                optimizer=self.optimizer,
-                tokenizer=self.tokenizer,
-                state=self.state,
-                hooks=self.hooks.save_state(self.state),
-                corpus_digest=self.corpus.digest,
-                progress={"left_out": self.left_out, "best": self.saver.best},
-                copy=self.saver.copies,
-            )
-            fresh = self.scored_at == self.state.step
-            self.saver.save(snapshot, self.scored.loss if fresh else None)
+            randoms = [each for each in self.ranks.gather(RandomState.now()) if isinstance(each, RandomState)]
+            hooks = self.hooks.save_state(self.state)
+            if self.ranks.is_main:
+                snapshot = take_snapshot(
+                    config=self.config,
+                    resolved=self.resolved,
+                    model=self.model,
+                    optimizer=self.optimizer,
+                    tokenizer=self.tokenizer,
+                    state=self.state,
+                    hooks=hooks,
+                    corpus_digest=self.corpus.digest,
+                    progress={"left_out": self.left_out, "best": self.saver.best},
+                    randoms=randoms,
+                    copy=self.saver.copies,
+                )
+                fresh = self.scored_at == self.state.step
+                self.saver.save(snapshot, self.scored.loss if fresh else None)
+            self.ranks.wait()
             self.saved_at, self.saved_when = self.state.step, time.monotonic()
 
     def _stop_soon(self, signal: str) -> None:
@@ -480,29 +467,18 @@ class Trainer:
         self.report.line(f"{signal}: finishing this step, then saving (again to leave at once)")
 
     def _finish(self) -> RunResult:
-        if self._stop and self.state.step < self.state.max_steps:
-            self.report.line(
-                f"stopped at step {self.state.step}; saved in {self.out}; go on with --resume auto --out {self.out}"
-            )
-        picture = plot_run(self.out) if self.config.monitoring.plot else None
-        write_card(
-            self.out,
-            self.config,
-            self.resolved,
-            {
+        interrupted = self._stop and self.state.step < self.state.max_steps
+        if interrupted:
+            again = f"go on with --resume auto --out {self.out}"
+            self.report.line(f"stopped at step {self.state.step}; saved in {self.out}; {again}")
+        picture = None
+        if self.ranks.is_main:
+            picture = plot_run(self.out) if self.config.monitoring.plot else None
+            results = {
                 "steps": self.state.step,
                 "held-out loss (nats a token)": f"{self.scored.loss:.4f}",
                 "held-out bits a byte": f"{self.scored.bits_per_byte:.4f}",
-            },
-        )
-        interrupted = self._stop and self.state.step < self.state.max_steps
-        return RunResult(
-            self.out, self.state, self.resolved, self.scored, self.model.eval(), self.tokenizer, picture, interrupted
-        )
-
-
-def _device(config: APTConfig) -> torch.device:
-    asked = config.hardware.device
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise UserError("hardware.device: cuda is asked for, but PyTorch sees no GPU; use auto or cpu")
-    return torch.device("cuda" if asked == "cuda" or (asked == "auto" and torch.cuda.is_available()) else "cpu")
+            }
+            write_card(self.out, self.config, self.resolved, results)
+        model = self.model.eval()
+        return RunResult(self.out, self.state, self.resolved, self.scored, model, self.tokenizer, picture, interrupted)

@@ -29,9 +29,9 @@ class Stopwatch:
         self._steps += 1
         self._tokens += tokens
 
-    def read(self) -> tuple[dict[str, float], float]:
+    def read(self) -> tuple[dict[str, Tensor], float]:
         """Mean losses a step and tokens a second since the last reading."""
-        means = {name: total.item() / max(1, self._steps) for name, total in self._sums.items()}
+        means = {name: total / max(1, self._steps) for name, total in self._sums.items()}
         speed = self._tokens / max(1e-9, time.perf_counter() - self._since)
         self._sums, self._steps, self._tokens, self._since = {}, 0, 0, time.perf_counter()
         return means, speed

@@ -1,0 +1,111 @@
+"""Everything that a run needs before its first step, put together from a profile: text, model, optimizer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.optim import Optimizer
+
+from apt.core.config import APTConfig
+from apt.core.providers import DataProvider, Tokenizer, TokenizerProvider
+from apt.core.resolve import Resolved
+from apt.core.schedules import run_length
+from apt.data.batches import Batches
+from apt.data.corpus import Corpus, Split, TokenSplit, require, steps_per_epoch, training_texts
+from apt.errors import UserError
+from apt.modeling.compose import ModelBuilder
+from apt.modeling.model import Decoder
+from apt.modeling.parts import scheduled_buffers, set_active
+from apt.training.optim import learning_rate, make_optimizer
+from apt.training.proof import ProofOfUse
+from apt.training.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """The parts of a run. Every plugin's parts are off."""
+
+    device: torch.device
+    corpus: Corpus
+    tokenizer: Tokenizer
+    validation: TokenSplit
+    batches: Batches
+    steps_per_epoch: int
+    max_steps: int
+    max_epochs: int
+    model: Decoder
+    buffers: dict[str, list[Tensor]]
+    optimizer: Optimizer
+    rate: Callable[[int], float]
+    proof: ProofOfUse
+
+
+def assemble(
+    config: APTConfig, resolved: Resolved, ranks: Ranks, checkpoint: Path | None, console: Console
+) -> Assembly:
+    """Read the text, build the model and its optimizer; the tokenizer is the checkpoint's where there is one.
+
+    Raises `UserError` and its kin where the text, the machine or the profile does not allow it.
+    """
+    training = config.training
+    if config.hardware.threads is not None:
+        torch.set_num_threads(config.hardware.threads)
+    device = _device(config)
+    source, provider = resolved.providers["data"], resolved.providers["tokenizer"]
+    assert isinstance(source, DataProvider)
+    assert isinstance(provider, TokenizerProvider)
+    with console.status("reading the text"):
+        corpus = Corpus.of(source.read())
+        tokenizer = provider.train(training_texts(corpus)) if checkpoint is None else provider.load(checkpoint)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"model.vocab_size: {config.vocab_size} is less than the tokenizer's {tokenizer.vocab_size} ids"
+        )
+
+    def split(name: Split) -> TokenSplit:
+        tokens = corpus.tokens(name, tokenizer, config.bos_token_id)
+        require(tokens, name, config.max_seq_len)
+        return tokens
+
+    train, validation = split("train"), split("validation")
+    epoch = steps_per_epoch(config, len(train.tokens))
+    max_steps, max_epochs = run_length(training, epoch)
+    random.seed(training.seed)
+    np.random.seed(training.seed)
+    torch.manual_seed(training.seed)
+    model = ModelBuilder(config, resolved=resolved).build_model().to(device)
+    model.recompute = training.recompute
+    for plugin in config.plugins:
+        set_active(model, plugin, False)
+    if ranks.rank:
+        # The weights are the same everywhere, what is drawn in training is not.
+        torch.manual_seed(training.seed + 1_000_003 * ranks.rank)
+    return Assembly(
+        device=device,
+        corpus=corpus,
+        tokenizer=tokenizer,
+        validation=validation,
+        batches=Batches(train, config.max_seq_len, training.batch_size, training.seed),
+        steps_per_epoch=epoch,
+        max_steps=max_steps,
+        max_epochs=max_epochs,
+        model=model,
+        buffers=scheduled_buffers(model),
+        optimizer=make_optimizer(model, config),
+        rate=learning_rate(config, max_steps),
+        proof=ProofOfUse(model),
+    )
+
+
+def _device(config: APTConfig) -> torch.device:
+    asked = config.hardware.device
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UserError("hardware.device: cuda is asked for, but PyTorch sees no GPU; use auto or cpu")
+    return torch.device("cuda" if asked == "cuda" or (asked == "auto" and torch.cuda.is_available()) else "cpu")

@@ -1,0 +1,130 @@
+"""The processes of one run: `torchrun` starts them, each holds its rank, and rank 0 speaks and writes.
+
+Everything here is what a single process needs too, as one rank of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from apt.core.config import APTConfig
+from apt.errors import AptError, UserError
+
+TIMEOUT = datetime.timedelta(minutes=10)
+"""How long a rank waits for one that is busy; one that has died is missed at once."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank speaks and writes."""
+        return self.rank == 0
+
+    def share(self, batch: Tensor) -> Tensor:
+        """This rank's rows of a batch [batch, ...]: the r-th of `size` equal parts."""
+        rows = batch.shape[0] // self.size
+        return batch[self.rank * rows : (self.rank + 1) * rows]
+
+    def sum(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The sums over all ranks of tensors by name, in one call; every rank gives the same names and shapes."""
+        if self.size == 1 or not values:
+            return dict(values)
+        flat = torch.cat([value.detach().double().reshape(-1) for value in values.values()])
+        dist.all_reduce(flat)
+        parts = torch.split(flat, [value.numel() for value in values.values()])
+        return {
+            name: part.reshape(value.shape).to(value.dtype)
+            for (name, value), part in zip(values.items(), parts, strict=True)
+        }
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so."""
+        if self.size == 1:
+            return flag
+        told = torch.tensor(float(flag))
+        dist.all_reduce(told, dist.ReduceOp.MAX)
+        return bool(told.item())
+
+    def gather(self, value: object) -> list[object]:
+        """Every rank's value, on all of them."""
+        if self.size == 1:
+            return [value]
+        values: list[object] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def check_equal(self, what: str, value: str) -> None:
+        """Raise `AptError`, on all ranks, where they do not agree."""
+        values = self.gather((value, socket.gethostname()))
+        if len({each[0] for each in values}) > 1:  # type: ignore[index]
+            listed = ", ".join(f"rank {rank} on {each[1]}: {each[0]}" for rank, each in enumerate(values))  # type: ignore[index]
+            raise AptError(f"the ranks of this run do not agree on {what}: {listed}")
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def join_ranks(config: APTConfig) -> Iterator[Ranks]:
+    """This process's rank, from what `torchrun` sets; alone where it was started without.
+
+    Raises `UserError` where the profile does not go with how the process was started.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Ranks()
+        return
+    if config.hardware.parallel == "none":
+        raise UserError(
+            f"hardware.parallel: none, but torchrun started {size} processes; set ddp, or start it without torchrun"
+        )
+    batch = config.training.batch_size
+    if batch % size:
+        raise UserError(
+            f"training.batch_size: {batch} is not a multiple of the {size} processes, which share each batch"
+        )
+    ranks = Ranks(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
+    on_gpu = config.hardware.device != "cpu" and torch.cuda.is_available()
+    if dist.is_initialized():
+        yield ranks
+        return
+    if on_gpu:
+        torch.cuda.set_device(ranks.local_rank)
+    # Objects and barriers go over gloo, tensors on GPUs over NCCL.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+    try:
+        yield ranks
+    except RuntimeError as error:
+        if not _is_lost(error):
+            raise
+        raise AptError(
+            f"rank {ranks.rank} of {size} on {socket.gethostname()}: another rank has died or does not answer "
+            f"({str(error).splitlines()[0]}); its own output says why; go on with --resume auto"
+        ) from error
+    finally:
+        with contextlib.suppress(RuntimeError):  # where others are gone already
+            dist.destroy_process_group()
+
+
+def _is_lost(error: RuntimeError) -> bool:
+    """Whether an error is that of a process group that has lost a member."""
+    words = ("Connection closed by peer", "Connection reset by peer", "Timed out", "timed out", "Broken pipe")
+    return isinstance(error, dist.DistBackendError | dist.DistNetworkError) or any(word in str(error) for word in words)

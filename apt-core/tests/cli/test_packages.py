@@ -1,0 +1,58 @@
+"""Commands that packages bring: known by metadata, imported when they are called."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A folder of installed packages: one with a command, one whose command breaks, one whose command is none."""
+    for name, source in (
+        ("diary", "import sys\n\ndef main(words):\n    print('diary:', *words)\n    return 7\n"),
+        ("broken", "1/0\n"),
+        ("odd", "main = 3\n"),
+    ):
+        (tmp_path / f"apt_{name}.py").write_text(source)
+        info = tmp_path / f"apt_{name}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: apt-{name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[apt.providers]\ncommand.{name} = apt_{name}:main\n")
+    return tmp_path
+
+
+def run(site: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    return subprocess.run(
+        [sys.executable, "-m", "apt", *words], capture_output=True, text=True, env=environment, check=False
+    )
+
+
+def test_a_packages_command_gets_the_words_after_its_name(site: Path) -> None:
+    done = run(site, "diary", "--date", "today")
+    assert (done.returncode, done.stdout) == (7, "diary: --date today\n")
+
+
+def test_commands_are_listed_without_being_imported(site: Path) -> None:
+    done = run(site, "--help")
+    assert done.returncode == 0
+    assert "broken, diary, odd" in done.stdout.replace("\n", " ")
+
+
+def test_a_command_that_breaks_costs_itself_alone(site: Path) -> None:
+    done = run(site, "broken")
+    assert done.returncode == 2
+    assert "command.broken of apt-broken 1.0: importing apt_broken:main failed: ZeroDivisionError" in done.stderr
+    assert "command.odd is a int, which cannot be called" in run(site, "odd").stderr
+    assert run(site, "providers").returncode == 0
+
+
+def test_the_doctor_tries_commands_too(site: Path) -> None:
+    done = run(site, "doctor")
+    assert done.returncode == 1
+    assert "command.broken" in done.stdout
