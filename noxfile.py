@@ -66,7 +66,8 @@ def template(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Every block of code in the README and the docs runs."""
     install(session, DISTRIBUTIONS, *TEST_TOOLS, "sybil>=9")
-    session.run("pytest", "-q", "-p", "blocks", "docs", "README.md", env={**ENVIRONMENT, "PYTHONPATH": "docs"})
+    pages = ["docs", "README.md", *(f"{name}/README.md" for name in DISTRIBUTIONS)]
+    session.run("pytest", "-q", "-p", "blocks", *pages, env={**ENVIRONMENT, "PYTHONPATH": "docs"})
 
 
 @nox.session

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from abc import ABC
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, PrivateAttr, ValidationInfo
@@ -90,7 +91,8 @@ def _signed(make: Callable[..., object]) -> Callable[..., object]:
     @functools.wraps(make)
     def signed(self: Provider, *args: object, **kwargs: object) -> object:
         part = make(self, *args, **kwargs)
-        part.apt_provider = self  # type: ignore[attr-defined]
+        with suppress(AttributeError):  # a retriever may be a plain list, which remembers nothing; modules always do
+            part.apt_provider = self  # type: ignore[attr-defined]
         return part
 
     return signed
