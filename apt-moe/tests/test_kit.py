@@ -7,6 +7,7 @@ from apt.testing import conformance
 test_moe = conformance("ffn.moe")
 test_moe_with_capacity = conformance("ffn.moe", {"experts": 4, "capacity": 1.25})
 test_moe_of_gated_experts = conformance("ffn.moe", {"upcycle": False, "expert": "swiglu"})
+test_moe_of_fine_grained_and_shared_experts = conformance("ffn.moe", {"experts": 3, "granularity": 2, "shared": 1})
 test_topk_default = conformance("router.topk_default")
 test_noisy_topk = conformance("router.noisy_topk")
 test_switch = conformance("router.switch")

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from apt.errors import Fault, OptionsError
 from apt.layers import Part, as_part
 from apt_moe.grouped import grouped_linear
+from apt_moe.hidden import hidden_axes
 
 if TYPE_CHECKING:
     from apt.core.providers import FFNProvider
@@ -33,7 +34,9 @@ class Experts(nn.Module):
         self, provider: FFNProvider, num_experts: int, d_model: int, d_ff: int, dropout: float, activation: str
     ) -> None:
         super().__init__()
-        self.num_experts = num_experts
+        self.num_experts, self.d_ff = num_experts, d_ff
+        self.axes = hidden_axes(provider, d_model, d_ff, activation)
+        """Parameter name -> the axis of the hidden units in one expert."""
         self.layer = _stacked(provider, num_experts, (d_model, d_ff, dropout, activation))
         self.grouped = _can_group(provider, (d_model, d_ff, dropout, activation))
 

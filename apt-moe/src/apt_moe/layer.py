@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -9,16 +11,22 @@ from apt.core.providers import RouterProvider
 from apt.layers import Part, as_part
 from apt_moe import dispatch, functional
 from apt_moe.experts import Experts
+from apt_moe.upcycling import Upcycling
 
 
 class MixtureOfExperts(nn.Module):
-    """y = sum_{e in top k} w_e f_e(x), w and the choice from the router.
+    """y = c sum_{e in top k} w_e f_e(x) + d sum_s f_s(x), w and the choice from the router, s the shared experts.
+
+    c and d are 1 where the experts are trained from scratch. Where they grow out of a dense layer f, an expert is one of
+    m slices of it (``granularity``; a token's weights sum to 1 over k m slices) or all of it (m = 1), and a shared
+    expert is all of it. So c = m / (1 + S) and d = 1 / (1 + S) with S shared experts give f at the switch.
 
     While `active` is False the layer is its dense layer and nothing else runs. Once active, the dense layer is idle.
     In training an expert takes at most ``max(k, floor(N k / E * capacity_factor))`` tokens, the others pass by the
     residual; in evaluation every token is served.
 
-    Shazeer et al. 2017, arXiv:1701.06538; Fedus et al. 2021, arXiv:2101.03961.
+    Shazeer et al. 2017, arXiv:1701.06538; Fedus et al. 2021, arXiv:2101.03961; shared and fine-grained experts: Dai et al.
+    2024 (DeepSeekMoE), arXiv:2401.06066, eq. 3-11.
     """
 
     capacity_factor: Tensor
@@ -30,6 +38,10 @@ class MixtureOfExperts(nn.Module):
         experts: Experts,
         dense: nn.Module | None,
         capacity_factor: float,
+        *,
+        shared: Sequence[nn.Module] = (),
+        granularity: int = 1,
+        upcycling: Upcycling = Upcycling(),  # noqa: B008  it is frozen
     ) -> None:
         super().__init__()
         self.active = True
@@ -37,6 +49,10 @@ class MixtureOfExperts(nn.Module):
         self.router = router
         self.experts = experts
         self.dense = dense
+        self.shared = nn.ModuleList(shared) if shared else None
+        self.granularity, self.upcycling = granularity, upcycling
+        self.shared_scale = 1.0 if dense is None else 1 / (1 + len(shared))
+        self.routed_scale = 1.0 if dense is None else granularity * self.shared_scale
         self.register_buffer("capacity_factor", torch.tensor(capacity_factor, dtype=torch.float32))
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Part:
@@ -58,12 +74,17 @@ class MixtureOfExperts(nn.Module):
         rows = dispatch.dispatch(x.flatten(0, 1), plan)
         rows = self.experts(rows, plan.offsets, plan.experts)
         output = dispatch.combine(rows, weights, plan).to(x.dtype).view_as(x)
+        if self.routed_scale != 1:
+            output = output * self.routed_scale
+        if self.shared is not None:
+            for expert in self.shared:
+                output = output + as_part(expert(x, mask=mask)).output * self.shared_scale
         return Part(output, losses, self._metrics(x, indices, plan, mask))
 
     def idle(self) -> list[nn.Module]:
         """The dense layer once the experts are on, and the experts and their router until then."""
         if not self.active:
-            return [self.router, self.experts]
+            return [self.router, self.experts, *(() if self.shared is None else (self.shared,))]
         return [] if self.dense is None else [self.dense]
 
     @torch.no_grad()

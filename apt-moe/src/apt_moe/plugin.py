@@ -52,9 +52,9 @@ class MoEPlugin(Plugin):
         from apt_moe.layer import MixtureOfExperts
         from apt_moe.upcycling import upcycle
 
-        for module in model.modules():
-            if isinstance(module, MixtureOfExperts):
-                upcycle(module, optimizer)
+        mixtures = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
+        for number, mixture in enumerate(mixtures):
+            upcycle(mixture, optimizer, number)
 
     @hookimpl
     def apt_step_end(self, state: RunState, model: nn.Module, metrics: dict[str, float]) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from apt.core.provider import Slot
 from apt.core.providers import FFNProvider, RouterProvider
+from apt.errors import Fault, OptionsError
 from apt_moe.routers import TopK
 
 if TYPE_CHECKING:
@@ -33,6 +34,21 @@ class MoE(FFNProvider):
         default=True,
         description="hold a dense layer too, which runs until the plugin moe is on and which the experts grow out of",
     )
+    granularity: int = Field(
+        default=1,
+        ge=1,
+        description="each expert is split into this many of d_ff / granularity; a token gets as many times top_k of them",
+    )
+    shared: int = Field(
+        default=0, ge=0, description="experts of the full width that serve every token, without a weight"
+    )
+    moments: Literal["copied", "fresh", "scaled"] = Field(
+        default="copied", description="the optimizer's state of the experts at the switch"
+    )
+    redraw: float = Field(
+        default=0.0, ge=0, le=1, description="share of hidden units that each expert draws anew at the switch"
+    )
+    redraw_seed: int = Field(default=0, ge=0, description="decides which units are drawn anew, and what is drawn")
     router: Slot[RouterProvider] = Field(
         default="topk_default",  # type: ignore[assignment]  # the slot turns a name into a provider
         description="who chooses the experts",
@@ -58,40 +74,64 @@ class MoE(FFNProvider):
         return expert
 
     def create_layer(self, d_model: int, d_ff: int, dropout: float = 0.0, activation: str = "gelu") -> MixtureOfExperts:
-        """A mixture whose experts each have the hidden width `d_ff`."""
+        """A mixture whose experts each have the hidden width `d_ff`, or its part where they are fine-grained."""
         from apt_moe.experts import Experts, make_layer
         from apt_moe.layer import MixtureOfExperts
+        from apt_moe.upcycling import Upcycling, check_slices
 
+        sizes = (d_model, d_ff, dropout, activation)
+        experts, width = self.experts * self.granularity, self._width(d_ff)
+        if self.upcycle and self.granularity > 1:
+            check_slices(self.expert, self.granularity, activation)
         return MixtureOfExperts(
             self.router,
-            self.router.create_router(d_model, self.experts, self.router.top_k),
-            Experts(self.expert, self.experts, d_model, d_ff, dropout, activation),
-            make_layer(self.expert, (d_model, d_ff, dropout, activation)) if self.upcycle else None,
+            self.router.create_router(d_model, experts, self.router.top_k * self.granularity),
+            Experts(self.expert, experts, d_model, width, dropout, activation),
+            make_layer(self.expert, sizes) if self.upcycle else None,
             math.inf if self.capacity is None else self.capacity,
+            shared=[make_layer(self.expert, sizes) for _ in range(self.shared)],
+            granularity=self.granularity,
+            upcycling=Upcycling(self.redraw, self.moments, self.redraw_seed),
         )
 
     def get_parameter_count(self, d_model: int, d_ff: int) -> int:
         """All experts, the router, and the dense layer where it is held."""
-        layers = self.experts + self.upcycle
-        return layers * self.expert.get_parameter_count(d_model, d_ff) + self.router.get_parameter_count(
-            d_model, self.experts
-        )
+        whole = (self.shared + self.upcycle) * self.expert.get_parameter_count(d_model, d_ff)
+        experts = self.experts * self.granularity
+        routed = experts * self.expert.get_parameter_count(d_model, self._width(d_ff))
+        return whole + routed + self.router.get_parameter_count(d_model, experts)
 
     def get_active_parameter_count(self, d_model: int, d_ff: int) -> int:
-        """The k experts of a token, and the router; the dense layer rests once the experts are on."""
-        experts = self.router.top_k * self.expert.get_parameter_count(d_model, d_ff)
-        return experts + self.router.get_parameter_count(d_model, self.experts)
+        """The experts of a token, and the router; the dense layer rests once the experts are on."""
+        shared = self.shared * self.expert.get_parameter_count(d_model, d_ff)
+        routed = self._chosen() * self.expert.get_parameter_count(d_model, self._width(d_ff))
+        return shared + routed + self.router.get_parameter_count(d_model, self.experts * self.granularity)
 
     def get_flops_estimate(self, seq_len: int, d_model: int, d_ff: int) -> int:
-        """The router and k experts a token; nothing is assumed to be dropped."""
-        experts = self.expert.get_flops_estimate(seq_len * self.router.top_k, d_model, d_ff)
-        return experts + 2 * seq_len * d_model * self.experts
+        """The router and the experts of a token; nothing is assumed to be dropped."""
+        shared = self.shared * self.expert.get_flops_estimate(seq_len, d_model, d_ff)
+        routed = self.expert.get_flops_estimate(seq_len * self._chosen(), d_model, self._width(d_ff))
+        return shared + routed + 2 * seq_len * d_model * self.experts * self.granularity
 
     def get_memory_estimate(self, seq_len: int, d_model: int, d_ff: int, batch_size: int = 1) -> int:
         """The experts' own on k rows a token, and what routing and combining keep."""
-        tokens, k = batch_size * seq_len, self.router.top_k
-        experts = self.expert.get_memory_estimate(seq_len * k, d_model, d_ff, batch_size)
-        return experts + 4 * tokens * d_model * (1 + k) + 4 * tokens * (4 * self.experts)
+        tokens, k = batch_size * seq_len, self._chosen()
+        # Shared experts keep the same input once, and each its output for a weight that is not 1.
+        kept = self.expert.get_memory_estimate(seq_len, d_model, d_ff, batch_size) - 4 * tokens * d_model
+        routed = self.expert.get_memory_estimate(seq_len * k, d_model, self._width(d_ff), batch_size)
+        routing = 4 * tokens * d_model * (1 + k) + 4 * tokens * (4 * self.experts * self.granularity)
+        return self.shared * kept + routed + routing
+
+    def _chosen(self) -> int:
+        """Experts that serve a token, shared ones aside."""
+        return self.router.top_k * self.granularity
+
+    def _width(self, d_ff: int) -> int:
+        """The hidden width of an expert. Raises `OptionsError` where `d_ff` cannot be split so."""
+        if d_ff % self.granularity:
+            fault = Fault("ffn.moe.granularity", f"{self.granularity} does not divide d_ff, which is {d_ff}")
+            raise OptionsError("ffn", self.get_name(), [fault])
+        return d_ff // self.granularity
 
     def supports_gating(self) -> bool:
         """Whether an expert's hidden layer is gated."""

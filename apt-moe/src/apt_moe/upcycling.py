@@ -3,44 +3,214 @@
 With weights that sum to 1 and nothing dropped, sum_e w_e f(x) = f(x): the switch leaves the function as it was, to
 rounding. The router starts from its random initialisation, so the experts part ways from the next step on.
 
-Komatsuzaki et al. 2022, arXiv:2212.05055.
+Fine-grained experts start as slices of the dense layer's hidden units, in virtual groups: the m slices of one dense
+layer stand side by side and share one row of the router, so a token gets all of them or none.
+
+Komatsuzaki et al. 2022, arXiv:2212.05055; virtual groups: He et al. 2024, arXiv:2410.07524, section 3.2; drop-upcycling:
+Nakamura et al. 2025, arXiv:2502.19261.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from apt_moe.layer import MixtureOfExperts
+from apt.errors import Fault, OptionsError
+from apt.layers import as_part
+from apt_moe.hidden import hidden_axes, slice_units, units_first
+
+if TYPE_CHECKING:
+    from apt.core.providers import FFNProvider
+    from apt_moe.layer import MixtureOfExperts
+
+Moments = Literal["copied", "fresh", "scaled"]
+
+POWERS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2, "square_avg": 2, "sum": 2}
+"""What optimizers keep for each number, and the power of the gradient that it is."""
+
+
+@dataclass(frozen=True)
+class Upcycling:
+    """How experts grow out of the dense layer.
+
+    `redraw` is the share of hidden units that each expert draws anew, a choice of its own, from a normal distribution
+    with the mean and the deviation of the dense matrix (arXiv:2502.19261, section 3.1): the experts differ at once, and
+    the function is not kept. `moments` says what becomes of the optimizer's state: ``copied``; ``fresh``, as before any
+    step; or ``scaled``: an expert's gradient is about 1/E of the dense layer's, and each moment is divided by E to the
+    power in which the gradient stands in it. `seed` and the layer's number decide what is drawn, the same on every rank.
+    """
+
+    redraw: float = 0.0
+    moments: Moments = "copied"
+    seed: int = 0
 
 
 @torch.no_grad()
-def upcycle(layer: MixtureOfExperts, optimizer: Optimizer | None = None) -> None:
+def upcycle(layer: MixtureOfExperts, optimizer: Optimizer | None = None, number: int = 0) -> None:
     """Fill the experts of `layer` from its dense layer, and their optimizer state from that layer's state.
 
-    The dense layer's gradients are let go: it is idle from here on, and an optimizer leaves alone what has none.
+    `number` is the layer's place among the mixtures of its model; what is redrawn depends on it. The dense layer's
+    gradients are let go: it is idle from here on, and an optimizer leaves alone what has none.
     """
     if layer.dense is None:
         raise RuntimeError("this mixture holds no dense layer to grow its experts from; give it upcycle: true")
+    recipe, experts, parts = layer.upcycling, layer.experts.num_experts, layer.granularity
+    shape = _Shape(experts, parts, layer.experts.d_ff)
+    units = _drawn_units(recipe, shape, number)
+    generator = torch.Generator().manual_seed(recipe.seed + 7919 * number + 1)
     stacks = dict(layer.experts.layer.named_parameters())
     for name, dense in layer.dense.named_parameters():
-        stack = stacks[name]
-        stack.copy_(dense.expand_as(stack))
-        if optimizer is not None and dense in optimizer.state:
-            optimizer.state[stack] = {
-                key: _stacked(value, dense, stack) if key != "step" else _copied(value)
-                for key, value in optimizer.state[dense].items()
-            }
+        stack, axis = stacks[name], layer.experts.axes.get(name)
+        weights = shape.spread(_whole(dense), axis)
+        if axis is None:
+            weights = weights / parts
+        if axis is not None and units is not None:
+            weights = _redrawn(weights, _whole(dense), axis, shape, units, generator)
+        _assign(stack, weights)
+        if optimizer is not None:
+            _carry(optimizer, dense, stack, axis, shape, recipe)
         dense.grad = None
+    _group(layer.router, experts, parts)
+    if layer.shared is not None:
+        _fill_shared(layer, optimizer)
 
 
-def _stacked(value: object, dense: Tensor, stack: Tensor) -> object:
-    """What the optimizer keeps for each number of `dense`, once for each expert; anything else as it is."""
-    if isinstance(value, Tensor) and value.shape == dense.shape:
-        return value.expand(stack.shape).clone()
-    return _copied(value)
+def check_slices(provider: FFNProvider, parts: int, activation: str) -> None:
+    """Raise `OptionsError` unless a small layer of the provider is the sum of its slices, on random tokens."""
+    d_model, width = 8, 4
+    dense, narrow = (provider.create_layer(d_model, size, 0.0, activation) for size in (width * parts, width))
+    assert isinstance(dense, torch.nn.Module)
+    assert isinstance(narrow, torch.nn.Module)
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        state = {name: torch.randn(parameter.shape) for name, parameter in dense.named_parameters()}
+        x = torch.randn(1, 3, d_model)
+        axes = hidden_axes(provider, d_model, width, activation)
+        shape = _Shape(parts, parts, width)
+        spread = {name: shape.spread(each, axes.get(name)) for name, each in state.items()}
+        total = torch.zeros_like(x)
+        for part in range(parts):
+            own = {name: each[part] if name in axes else each[part] / parts for name, each in spread.items()}
+            total += as_part(torch.func.functional_call(narrow, own, (x,))).output
+        whole = as_part(torch.func.functional_call(dense, state, (x,))).output
+    if not torch.allclose(total, whole, rtol=1e-3, atol=1e-3):
+        name = provider.get_name()
+        what = f"{parts}, but a layer of ffn.{name} is not the sum of slices of its hidden units, so it cannot be split"
+        hint = "granularity: 1, upcycle: false, or another expert"
+        raise OptionsError("ffn", "moe", [Fault("ffn.moe.granularity", what, hint)])
 
 
-def _copied(value: object) -> object:
-    return value.clone() if isinstance(value, Tensor) else value
+class _Shape:
+    """How `experts` stacked layers of hidden width `d_ff` are made of `parts` slices of a dense one."""
+
+    def __init__(self, experts: int, parts: int, d_ff: int) -> None:
+        self.experts, self.parts, self.d_ff = experts, parts, d_ff
+
+    def spread(self, dense: Tensor, axis: int | None) -> Tensor:
+        """What belongs to a number of the dense layer, for every expert: [experts, ...]."""
+        if self.parts == 1 or axis is None:
+            return dense.expand(self.experts, *dense.shape)
+        wide = self.d_ff * self.parts
+        slices = torch.stack([slice_units(dense, axis, wide, part, self.parts) for part in range(self.parts)])
+        return slices.repeat(self.experts // self.parts, *[1] * dense.dim())
+
+
+def _drawn_units(recipe: Upcycling, shape: _Shape, number: int) -> Tensor | None:
+    """[experts, units] the hidden units that each expert draws anew, or None."""
+    count = int(recipe.redraw * shape.d_ff)
+    if not count:
+        return None
+    generator = torch.Generator().manual_seed(recipe.seed + 7919 * number)
+    return torch.stack([torch.randperm(shape.d_ff, generator=generator)[:count] for _ in range(shape.experts)])
+
+
+def _redrawn(
+    weights: Tensor, dense: Tensor, axis: int, shape: _Shape, units: Tensor, generator: torch.Generator
+) -> Tensor:
+    """`weights` [experts, ...] with the chosen units drawn from a normal distribution of the dense matrix's moments.
+
+    They are drawn on the CPU, so that every device and every rank gets the same.
+    """
+    mean, deviation = dense.float().mean(), dense.float().std()
+    weights = weights.clone()
+    for expert, chosen in zip(weights, units.to(weights.device), strict=True):
+        view = units_first(expert, axis, shape.d_ff)
+        fresh = torch.randn(view[chosen].shape, generator=generator).to(weights.device)
+        view[chosen] = (mean + deviation * fresh).to(weights.dtype)
+    return weights
+
+
+def _carry(
+    optimizer: Optimizer, dense: Tensor, stack: Tensor, axis: int | None, shape: _Shape, recipe: Upcycling
+) -> None:
+    """The optimizer's state of the experts.
+
+    Only what the optimizer already keeps for the stack is filled where it keeps anything: two optimizers in one may
+    treat matrices and stacks of them otherwise.
+    """
+    state = optimizer.state.get(dense)
+    if not state or recipe.moments == "fresh":
+        return
+    there = optimizer.state.get(stack)
+    groups = shape.experts // shape.parts
+    carried: dict[str, object] = {} if there is None else dict(there)
+    for key, value in state.items():
+        if there and key not in there:
+            continue
+        if not isinstance(value, Tensor) or value.shape != dense.shape:
+            carried[key] = value.clone() if isinstance(value, Tensor) else value
+            continue
+        spread = shape.spread(_whole(value), axis)
+        if recipe.moments == "scaled":
+            spread = spread / groups ** POWERS.get(key, 0)
+        carried[key] = _like(stack, spread)
+    optimizer.state[stack] = carried
+
+
+def _group(router: torch.nn.Module, experts: int, parts: int) -> None:
+    """Let the slices of one dense layer share one row of whatever the router keeps for each expert."""
+    if parts == 1:
+        return
+    for parameter in router.parameters():
+        whole = _whole(parameter)
+        if whole.dim() and whole.shape[0] == experts:
+            _assign(parameter, whole[::parts].repeat_interleave(parts, 0))
+
+
+def _fill_shared(layer: MixtureOfExperts, optimizer: Optimizer | None) -> None:
+    """The shared experts are the dense layer too."""
+    assert layer.dense is not None
+    assert layer.shared is not None
+    for shared in layer.shared:
+        own = dict(shared.named_parameters())
+        for name, dense in layer.dense.named_parameters():
+            _assign(own[name], _whole(dense))
+            if optimizer is not None and layer.upcycling.moments != "fresh" and optimizer.state.get(dense):
+                optimizer.state[own[name]] = {
+                    key: value.clone() if isinstance(value, Tensor) else value
+                    for key, value in optimizer.state[dense].items()
+                }
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor in one piece, where ranks hold shards of it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _assign(target: Tensor, value: Tensor) -> None:
+    if isinstance(target, DTensor):
+        value = distribute_tensor(value.contiguous(), target.device_mesh, target.placements)
+    target.copy_(value)
+
+
+def _like(target: Tensor, value: Tensor) -> Tensor:
+    """`value` in memory of its own, sharded as `target` is."""
+    value = value.contiguous()
+    if isinstance(target, DTensor):
+        return distribute_tensor(value, target.device_mesh, target.placements)
+    return value.clone()
