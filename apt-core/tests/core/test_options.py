@@ -76,10 +76,10 @@ class Types(BaseModel):
 @pytest.mark.parametrize(
     ("options", "hint"),
     [
-        ({"count": True}, "a number"),
+        ({"count": True}, "a whole number"),
         ({"share": False}, "a number"),
-        ({"rank": "4"}, "a number"),
-        ({"mode": True}, "a number"),
+        ({"rank": "4"}, "a whole number"),
+        ({"mode": True}, "a whole number"),
         ({"fast": 1}, "true or false"),
         ({"fast": "yes"}, "true or false"),
     ],

@@ -169,7 +169,7 @@ def test_an_unknown_name_gets_the_nearest_and_the_list(registry):
     with pytest.raises(ProviderNotFoundError) as caught:
         registry.get("data", "raeder", fallback=False)
     assert str(caught.value) == (
-        "no data provider 'raeder' is installed; did you mean 'reader'?; installed: needy, other, outer, reader"
+        "no data provider 'raeder' is installed; did you mean 'reader'? installed: needy, other, outer, reader"
     )
 
 
@@ -190,7 +190,7 @@ def test_options_that_are_refused_are_reported_together(registry):
         registry.get("data", "reader", {"size": 0, "fst": True}, fallback=False)
     assert [fault.where for fault in caught.value.faults] == ["data.reader.size", "data.reader.fst"]
     assert "data.reader.size: 0 is not allowed; input should be greater than or equal to 1" in str(caught.value)
-    with pytest.raises(OptionsError, match=r"data\.reader\.size: True is not allowed; input should be a number"):
+    with pytest.raises(OptionsError, match=r"data\.reader\.size: True is not allowed; input should be a whole number"):
         registry.get("data", "reader", {"size": True}, fallback=False)
     assert "data.reader.fst: no such option; did you mean 'fast'? options: size, fast" in str(caught.value)
 

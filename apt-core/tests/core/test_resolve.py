@@ -231,6 +231,7 @@ def test_schedules_must_name_plugins_that_are_listed_and_values_that_are_read(re
         "enable_switch_at_epoch": 1,
         "enable_switch_at_step": 1,
         "route_tmp": {"start": 1, "end": 2},
+        "enable_switch_at_epok": 1,
         "capacity": {"start": 1, "end": 2},
         "pace": {"start": 0, "end": 2, "type": "exp"},
     }
@@ -239,6 +240,8 @@ def test_schedules_must_name_plugins_that_are_listed_and_values_that_are_read(re
     assert found == {
         "schedules.enable_swich_at_epoch": "the profile does not list the plugin 'swich'; did you mean 'switch'?",
         "schedules.enable_switch_at_step": "enable_switch_at_epoch switches 'switch' on as well; keep one",
+        "schedules.enable_switch_at_epok": "1 is not a schedule; such as {start: 1.5, end: 0.8}; "
+        "did you mean 'enable_switch_at_epoch'?",
         "schedules.route_tmp": "this model has no such value; did you mean 'route_temp'? "
         "it has: capacity, pace, route_temp",
     }

@@ -82,12 +82,12 @@ def test_a_list_is_a_schedule_of_segments_by_epoch() -> None:
     [
         ({"start": 1.0, "end": 0.0, "type": "exp"}, "exp needs start and end of one sign, neither of them 0"),
         ({"start": -1.0, "end": 1.0, "type": "exp"}, "exp needs start and end of one sign"),
-        ({"start": 1.0}, "end: Field required"),
-        ({"start": 1.0, "end": 2.0, "by": "day"}, "by: Input should be 'epoch' or 'step'"),
-        ({"start": 1.0, "end": 2.0, "typ": "exp"}, "typ: Extra inputs are not permitted"),
+        ({"start": 1.0}, "schedules.x: end: must be given"),
+        ({"start": 1.0, "end": 2.0, "by": "day"}, "by: 'day' is not allowed; input should be 'epoch' or 'step'"),
+        ({"start": 1.0, "end": 2.0, "typ": "exp"}, "typ: no such option; did you mean 'type'. options: start, end, by"),
         ({"start": 1.0, "end": 2.0, "warmup": -1}, "warmup"),
         ({"start": float("nan"), "end": 2.0}, "start"),
-        (3, "schedules.x"),
+        (3, "schedules.x: 3 is not a schedule; such as {start: 1.5, end: 0.8}"),
         ([], "segments"),
         ([{"start": 0, "end": 1}, {"start": 1, "end": 2}], "only the last segment may go on"),
         ([{"until": 5, "start": 0, "end": 1}, {"until": 3, "start": 1, "end": 2}], "`until` must rise"),
@@ -102,6 +102,27 @@ def test_what_is_not_well_formed_is_refused(entry: object, message: str) -> None
 def test_a_switch_is_a_count(value: object) -> None:
     with pytest.raises(ScheduleError, match="is not a number of epochs; give 0, 1, 2"):
         Schedule({"enable_moe_at_epoch": value})
+
+
+@pytest.mark.parametrize(
+    ("switch", "length", "never"),
+    [
+        ({"enable_moe_at_epoch": 5}, (None, None, 5), True),
+        ({"enable_moe_at_epoch": 4}, (None, None, 5), False),
+        ({"enable_moe_at_epoch": 2}, (20, 10, 5), True),
+        ({"enable_moe_at_epoch": 2}, (21, 10, 5), False),
+        ({"enable_moe_at_epoch": 2}, (20, None, None), False),
+        ({"enable_moe_at_step": 20}, (20, None, None), True),
+        ({"enable_moe_at_step": 19}, (20, 10, 1), False),
+        ({"enable_moe_at_step": 999}, (None, None, 5), False),
+    ],
+)
+def test_a_switch_beyond_the_end_of_the_run_is_told(
+    switch: dict[str, object], length: tuple[int | None, int | None, int | None], never: bool
+) -> None:
+    lines = Schedule(switch).list_unreached(*length)
+    ((key, start),) = switch.items()
+    assert lines == ([f"schedules.{key}: {start} is not reached; moe is never switched on"] if never else [])
 
 
 def test_two_lines_for_one_switch_contradict() -> None:

@@ -248,6 +248,9 @@ def _print_plan(profile: Profile) -> None:
         print(f"{plugin}: on from {unit} {start}" if start else f"{plugin}: on from the start")
     for name, entry in schedule.params.items():
         print(f"{name}: {_course(entry)}")
+    training = profile.config.training
+    for line in schedule.list_unreached(training.max_steps, training.steps_per_epoch, training.max_epochs):
+        print(f"warning: {line}", file=sys.stderr)
     if profile.config.plugins or schedule.params:
         print()
 

@@ -159,7 +159,7 @@ class Catalogue:
         else:
             known = {key.partition(".")[2] for key in COMES_WITH if key.startswith(f"{kind}.")}
             hint = nearest(name, sorted({*names, *known}))
-        return ProviderNotFoundError(kind, name, "; ".join(filter(None, (message, hint, installed))))
+        return ProviderNotFoundError(kind, name, "; ".join((message, " ".join(filter(None, (hint, installed))))))
 
 
 def describe_collision(claims: list[ProviderRecord]) -> str:

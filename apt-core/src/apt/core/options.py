@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from types import UnionType
@@ -50,12 +51,16 @@ def _mistyped(where: str, leaves: set[object], value: object) -> list[Fault]:
         inner = {each for leaf in leaves for argument in get_args(leaf) for each in _leaves(argument)}
         return [fault for i, each in enumerate(value) if inner for fault in _mistyped(f"{where}.{i}", inner, each)]
     if isinstance(value, bool):
-        wrong, wanted = bool not in leaves and bool(leaves & {int, float}), "a number"
+        wrong, wanted = bool not in leaves and bool(leaves & {int, float}), _number(leaves)
     elif isinstance(value, str):
-        wrong, wanted = leaves <= _PLAIN, "true or false" if bool in leaves else "a number"
+        wrong, wanted = leaves <= _PLAIN, "true or false" if bool in leaves else _number(leaves)
     else:
         wrong, wanted = isinstance(value, int | float) and leaves <= _PLAIN - {int, float}, "true or false"
     return [Fault(where, f"{reprlib.repr(value)} is not allowed", f"input should be {wanted}")] if wrong else []
+
+
+def _number(leaves: set[object]) -> str:
+    return "a number" if float in leaves else "a whole number"
 
 
 def _leaves(annotation: object) -> Iterator[object]:
@@ -110,18 +115,27 @@ def _plain(value: object) -> object:
 
 
 def _fault(where: str, detail: ErrorDetails, model: type[BaseModel]) -> Fault:
-    kind, message = detail["type"], detail["msg"]
-    if kind == "extra_forbidden":
+    if detail["type"] == "extra_forbidden":
         known = _options(model, detail["loc"][:-1])
         hint = " ".join(
             filter(None, (nearest(str(detail["loc"][-1]), known), f"options: {', '.join(known) or 'none'}"))
         )
         return Fault(where, "no such option", hint)
+    return Fault(where, *reword(detail))
+
+
+def reword(detail: ErrorDetails) -> tuple[str, str]:
+    """What is wrong with a value, and what would be right, from what pydantic says of it."""
+    kind, message = detail["type"], detail["msg"]
     if kind == "missing":
-        return Fault(where, "must be given")
+        return "must be given", ""
     if kind in ("value_error", "assertion_error"):
-        return Fault(where, message.partition(", ")[2] or message)
-    return Fault(where, f"{reprlib.repr(detail['input'])} is not allowed", message[:1].lower() + message[1:])
+        return message.partition(", ")[2] or message, ""
+    hint = message[:1].lower() + message[1:]
+    if kind == "literal_error" and isinstance(detail["input"], str):
+        near = nearest(detail["input"], re.findall("'([^']*)'", str(detail["ctx"]["expected"])))
+        hint = " ".join(filter(None, (near, hint)))
+    return f"{reprlib.repr(detail['input'])} is not allowed", hint
 
 
 def _options(model: type[BaseModel], path: Iterable[int | str]) -> list[str]:

@@ -6,7 +6,6 @@ the values; resolve the providers. All faults are reported together, each with t
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +28,7 @@ from apt.core.config import (
 )
 from apt.core.legacy import KINDS, translate
 from apt.core.local import LocalCode
-from apt.core.options import below, mistyped
+from apt.core.options import below, mistyped, reword
 from apt.core.registry import Registry
 from apt.core.registry import registry as installed
 from apt.core.resolve import Resolved, resolve_config
@@ -379,9 +378,7 @@ def _validate(
             break
         except ValidationError as error:
             for detail in error.errors(include_url=False):
-                message = detail["msg"][:1].lower() + detail["msg"][1:]
-                what = f"{reprlib.repr(detail['input'])} is not allowed"
-                found.append(Fault(_document_path(detail["loc"]), what, message))
+                found.append(Fault(_document_path(detail["loc"]), *reword(detail)))
                 _remove(flat, detail["loc"])
     if "vocab_size" not in _mapping(values, "model"):
         try:

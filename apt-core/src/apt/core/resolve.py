@@ -196,13 +196,15 @@ class _Resolver:
 
     def _check_schedules(self, scheduled: Mapping[str, Provider]) -> None:
         listed = self.config.plugins
+        switches = [f"enable_{plugin}_at_{unit}" for plugin in listed for unit in ("epoch", "step")]
         switched: dict[str, str] = {}
         for key, value in self.config.schedules.items():
             where = f"schedules.{key}"
             try:
                 Schedule({key: value})
             except ScheduleError as error:
-                self.faults.append(Fault(where, str(error).removeprefix(f"{where}: ")))
+                hint = "" if key in {*scheduled, *switches} else nearest(key, [*scheduled, *switches])
+                self.faults.append(Fault(where, str(error).removeprefix(f"{where}: "), hint))
                 continue
             if switch := SWITCH.fullmatch(key):
                 plugin = switch["plugin"]

@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from apt.core.config import APTConfig, Training
+from apt.core.options import explain
 from apt.errors import ScheduleError, nearest
 
 Unit = Literal["epoch", "step"]
@@ -155,12 +156,13 @@ class Schedule:
 
     def add_param_schedule(self, name: str, schedule: object) -> None:
         """Add a value, or replace its schedule. Raises `ScheduleError` where it is not well formed."""
+        if not isinstance(schedule, Mapping | list | tuple | Ramp | Piecewise):
+            raise ScheduleError(f"schedules.{name}: {schedule!r} is not a schedule; such as {{start: 1.5, end: 0.8}}")
         try:
             self._params[name] = parse_entry(schedule)
         except ValidationError as error:
-            faults = "; ".join(
-                f"{'.'.join(map(str, each['loc'])) or 'value'}: {each['msg']}" for each in error.errors()
-            )
+            model = Piecewise if error.title == Piecewise.__name__ else Ramp
+            faults = "; and ".join(str(fault).removeprefix(": ") for fault in explain(error, model))
             raise ScheduleError(f"schedules.{name}: {faults}") from error
 
     def should_enable_plugin(self, name: str, epoch: int | None = None, step: int | None = None) -> bool:
@@ -182,6 +184,17 @@ class Schedule:
         """Those of `plugins` (by default, those that a schedule names) which are on."""
         names = self._switches if plugins is None else plugins
         return [name for name in names if self.should_enable_plugin(name, epoch, step)]
+
+    def list_unreached(self, max_steps: int | None, steps_per_epoch: int | None, max_epochs: int | None) -> list[str]:
+        """A line for each plugin that a run of this length ends before, as far as its length is known."""
+        lines = []
+        for plugin, (unit, start) in self._switches.items():
+            never = unit == "epoch" and max_epochs is not None and start >= max_epochs
+            if max_steps is not None and (unit == "step" or steps_per_epoch is not None):
+                never |= start * (1 if unit == "step" else steps_per_epoch or 1) >= max_steps
+            if never:
+                lines.append(f"schedules.enable_{plugin}_at_{unit}: {start} is not reached; {plugin} is never switched on")
+        return lines
 
     def get_param(
         self,

@@ -170,6 +170,8 @@ class Trainer:
         self.model, self.buffers, self.optimizer = parts.model, parts.buffers, parts.optimizer
         self.rate, self.proof = parts.rate, parts.proof
         self.state = RunState(0, 0, parts.max_steps, parts.max_epochs)
+        for line in self.schedule.list_unreached(parts.max_steps, parts.steps_per_epoch, parts.max_epochs):
+            self._warn(line)
         self.saver = Saver(
             self.out,
             keep_last=config.training.keep_last,
