@@ -130,10 +130,13 @@ def test_a_set_that_is_no_assignment_is_refused(folder: Path, text: str) -> None
         ("model.dropout=1.0", "model.dropout: 1.0 is not allowed; input should be less than 1"),
         ("model.dropout=1e999", "model.dropout: inf is not allowed"),
         ("model.tie_embeddings=1", "model.tie_embeddings: 1 is not allowed; input should be true or false"),
-        ("model.activation=gleu", "model.activation: 'gleu' is not allowed; did you mean 'gelu'? input should be 'gelu', 'relu' or 'silu'"),
+        (
+            "model.activation=gleu",
+            "'gleu' is not allowed; did you mean 'gelu'? input should be 'gelu', 'relu' or 'silu'",
+        ),
         ("training.batch_size=[2]", "training.batch_size: [2] is not allowed"),
         ("training.compile=1", "training.compile: 1 is not allowed; input should be true or false"),
-        ("training.precision=fp16", "training.precision: 'fp16' is not allowed; did you mean 'bf16'? input should be 'fp32' or 'bf16'"),
+        ("training.precision=fp16", "'fp16' is not allowed; did you mean 'bf16'? input should be 'fp32' or 'bf16'"),
         ("model.attention.num_kv_heads=0", "model.attention.num_kv_heads: 0 is not allowed"),
         ("model.attention.num_kv_heads=true", "model.attention.num_kv_heads: True is not allowed"),
         (

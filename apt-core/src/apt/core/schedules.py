@@ -193,7 +193,9 @@ class Schedule:
             if max_steps is not None and (unit == "step" or steps_per_epoch is not None):
                 never |= start * (1 if unit == "step" else steps_per_epoch or 1) >= max_steps
             if never:
-                lines.append(f"schedules.enable_{plugin}_at_{unit}: {start} is not reached; {plugin} is never switched on")
+                lines.append(
+                    f"schedules.enable_{plugin}_at_{unit}: {start} is not reached; {plugin} is never switched on"
+                )
         return lines
 
     def get_param(
