@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from apt.data import batches as module
 from apt.data.batches import Batches, num_windows, windows
-from apt.data.corpus import TokenSplit
+from apt.data.tokens import TokenSplit
+from apt.training.ranks import Ranks
 
 
 def split(count: int) -> TokenSplit:
@@ -32,6 +35,30 @@ def test_a_pass_sees_every_window_once(count: int, seq: int, seed: int) -> None:
     starts = [int(batches.get(index).tokens[0, 0]) for index in range(batches.batches_per_pass)]
     assert len(starts) == len(set(starts)) == (count - 1) // seq
     assert all((start - starts[0]) % seq == 0 for start in starts)
+
+
+def test_the_order_does_not_depend_on_how_much_of_it_is_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def starts() -> list[list[int]]:
+        batches = Batches(split(1000), 7, 4, 3)
+        return [batches.get(index).tokens[:, 0].tolist() for index in (0, 30, 31, 34, 35, 36, 2)]
+
+    before = starts()
+    monkeypatch.setattr(module, "BLOCK", 10)
+    assert starts() == before
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 20))
+def test_ranks_share_a_batch_without_overlap(size: int, rows: int, index: int) -> None:
+    whole = Batches(split(900), 5, size * rows, 1).get(index).tokens
+    shares = [Ranks(rank, size).share(whole) for rank in range(size)]
+    assert torch.equal(torch.cat(shares), whole)
+    assert len({int(start) for share in shares for start in share[:, 0]}) == size * rows
+
+
+def test_a_batch_that_is_larger_than_the_text_repeats_windows() -> None:
+    batches = Batches(split(17), 4, 10, 0)
+    assert batches.batches_per_pass == 1
+    assert len(set(batches.get(0).tokens[:, 0].tolist())) == 4
 
 
 def test_passes_and_seeds_differ_in_their_order() -> None:

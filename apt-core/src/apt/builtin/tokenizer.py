@@ -12,6 +12,8 @@ from apt.core.providers import Tokenizer, TokenizerProvider
 from apt.errors import DataError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from tokenizers import Tokenizer as Trained
 
 SPECIAL = ("<pad>", "<bos>", "<eos>")
@@ -44,6 +46,12 @@ class ByteTokenizer:
     def encode(self, text: str) -> Sequence[int]:
         """Ids of the text."""
         return [byte + len(SPECIAL) for byte in text.encode()]
+
+    def encode_array(self, text: str) -> NDArray[np.uint16]:
+        """The same, as an array."""
+        import numpy as np
+
+        return np.frombuffer(text.encode(), np.uint8).astype(np.uint16) + np.uint16(len(SPECIAL))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special ones vanish."""

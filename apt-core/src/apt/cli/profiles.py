@@ -135,20 +135,17 @@ def _plot(arguments: argparse.Namespace) -> int:
 
 def _steps_per_epoch(profile: Profile) -> int:
     """As the profile says; where it leaves that to the text, the text is read."""
-    from apt.core.providers import DataProvider, TokenizerProvider
-    from apt.data.corpus import Corpus, steps_per_epoch, training_texts
+    from rich.console import Console
+
+    from apt.data.corpus import steps_per_epoch
+    from apt.data.prepare import prepare
 
     config, resolved = profile.config, profile.resolved
     if config.training.steps_per_epoch is not None:
         return config.training.steps_per_epoch
     assert resolved is not None
-    source, provider = resolved.providers["data"], resolved.providers["tokenizer"]
-    assert isinstance(source, DataProvider)
-    assert isinstance(provider, TokenizerProvider)
     print("reading the text, which says how many steps an epoch has ...", file=sys.stderr, flush=True)
-    corpus = Corpus.of(source.read())
-    tokenizer = provider.train(training_texts(corpus))
-    return steps_per_epoch(config, len(corpus.tokens("train", tokenizer, config.bos_token_id).tokens))
+    return steps_per_epoch(config, len(prepare(config, resolved, Console(stderr=True)).splits["train"].tokens))
 
 
 def _complete(profile: Profile) -> dict[str, object]:

@@ -182,16 +182,17 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from rich.progress import track
 
     from apt.data.batches import num_windows, windows
-    from apt.data.corpus import Corpus, require
+    from apt.data.corpus import require
+    from apt.data.prepare import prepare
     from apt.errors import CheckpointError
     from apt.training.evaluate import score
 
-    corpus = Corpus.of(run.resolved.providers["data"].read())  # type: ignore[attr-defined]
+    corpus = prepare(run.config, run.resolved, Console(stderr=True), run.folder)
     if corpus.digest != run.corpus_digest:
         raise CheckpointError(
             f"{run.folder}: data.source gives another text now than it was trained on, so nothing of it is known to be held out"
         )
-    split = corpus.tokens(arguments.split, run.tokenizer, run.config.bos_token_id)
+    split = corpus.splits[arguments.split]
     require(split, arguments.split, run.config.max_seq_len)
     seq_len, batch_size = run.config.max_seq_len, run.config.training.batch_size
     batches = track(

@@ -17,6 +17,7 @@ from apt.core.provider import SLOT_KEY, Provider
 from apt.core.registry import Registry
 from apt.core.registry import registry as installed
 from apt.core.schedules import Piecewise, Ramp, Segment
+from apt.core.sections import Data
 from apt.errors import ProviderError
 
 Schema = dict[str, Any]  # JSON
@@ -171,14 +172,14 @@ class _Writer:
     def _data(self) -> Schema:
         """The source's options stand beside `source`."""
         forms = []
-        tokenizer = {"$ref": "#/$defs/tokenizer"}
+        common = {"tokenizer": {"$ref": "#/$defs/tokenizer"}, "cache": Data.model_json_schema()["properties"]["cache"]}
         for name, provider in self.classes.get("data", {}).items():
             required = [key for key, field in provider.model_fields.items() if field.is_required()]
             default = name == APTConfig.model_fields["data"].get_default().source
             forms.append(
                 {
                     "type": "object",
-                    "properties": {"source": {"const": name}, "tokenizer": tokenizer, **self._options(provider)},
+                    "properties": {"source": {"const": name}, **common, **self._options(provider)},
                     "required": required if default else ["source", *required],
                     "additionalProperties": False,
                 }

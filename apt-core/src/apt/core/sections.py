@@ -63,6 +63,9 @@ class Data(BaseModel):
 
     source: str = "stdlib"
     tokenizer: Choice = Choice(provider="byte")
+    cache: str | None = Field(
+        default=None, description="the folder that keeps tokens between runs; none: APT_CACHE_DIR, or the platform's"
+    )
 
     @property
     def choice(self) -> Choice:

@@ -1,4 +1,4 @@
-"""A corpus: documents, split by a hash of their names, as one array of tokens for each split.
+"""A corpus: documents that are read one after another, split by a hash of their names, and never held all at once.
 
 The split depends on a document's name alone, so it is the same on every machine and does not move when documents are added.
 """
@@ -6,68 +6,128 @@ The split depends on a document's name alone, so it is the same on every machine
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Literal, Protocol
 
 from apt.core.config import APTConfig
-from apt.core.providers import Document, Tokenizer
+from apt.core.providers import Document
+from apt.data.pieces import in_pieces
+from apt.data.tokens import TokenSplit
 from apt.errors import DataError
 
-Ids = NDArray[np.unsignedinteger[Any]]
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+FEW = 10
+"""Fewer documents than these are cut in themselves."""
 
 
-@dataclass(frozen=True)
-class TokenSplit:
-    """The tokens of a split, documents one after another, each after the id that starts one; and the bytes they stand for."""
+class Source(Protocol):
+    """What a corpus is read from: a `DataProvider`, or anything with its one method."""
 
-    tokens: Ids
-    num_bytes: int
-    num_documents: int
-
-    @property
-    def bytes_per_token(self) -> float:
-        """UTF-8 bytes that a token stands for on the average."""
-        return self.num_bytes / max(1, len(self.tokens))
+    def read(self) -> Iterable[Document]:
+        """All documents, the same at each call."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The texts of each split, and a digest of all names and texts."""
+    """What one reading of a source has found. `lengths` has the characters of each document where they are fewer than ten."""
 
-    texts: dict[Split, list[str]]
+    source: Source
     digest: str
+    num_documents: int
+    num_bytes: int
+    lengths: tuple[int, ...]
 
     @classmethod
-    def of(cls, documents: Sequence[Document]) -> Corpus:
-        """Split 80/10/10. With fewer than ten documents each is cut into 80, 10 and 10 hundredths instead."""
-        texts: dict[Split, list[str]] = {split: [] for split in SPLITS}
-        digest = hashlib.sha256()
-        for document in documents:
-            for part in (document.name, document.text):
-                encoded = part.encode()
-                digest.update(len(encoded).to_bytes(8, "little") + encoded)
-            if len(documents) < 10:
-                first, second = len(document.text) * 8 // 10, len(document.text) * 9 // 10
-                pieces = (document.text[:first], document.text[first:second], document.text[second:])
-                for split, piece in zip(SPLITS, pieces, strict=True):
-                    texts[split].append(piece)
-            else:
-                texts[split_of(document.name)].append(document.text)
-        return cls(texts, digest.hexdigest())
+    def scan(cls, source: Source, tell: Callable[[int], None] | None = None) -> Corpus:
+        """Read all of it once; `tell` hears the length of each piece. Raises `DataError` where there is nothing to read."""
+        digest = _Digest()
+        number = num_bytes = 0
+        lengths: list[int] = []
+        for number, document in enumerate(source.read(), 1):
+            length = 0
+            for piece in digest.follow(document):
+                length += len(piece)
+                if tell is not None:
+                    tell(len(piece))
+            num_bytes += document.num_bytes
+            if number < FEW:
+                lengths.append(length)
+        if number == 0:
+            raise DataError("data.source: gives no documents")
+        return cls(source, digest.hexdigest(), number, num_bytes, tuple(lengths) if number < FEW else ())
 
-    def tokens(self, split: Split, tokenizer: Tokenizer, bos: int) -> TokenSplit:
-        """The split's tokens."""
-        texts = self.texts[split]
-        dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-        arrays = [np.array([bos, *tokenizer.encode(text)], dtype) for text in texts if text]
-        joined: Ids = np.concatenate(arrays) if arrays else np.zeros(0, dtype)
-        return TokenSplit(joined, sum(len(text.encode()) for text in texts), len(texts))
+    def parts(self) -> Iterator[tuple[Split, Iterator[str]]]:
+        """Each document, or each of its three parts, with its split: pieces that must be taken before the next part is asked for.
+
+        Split 80/10/10. With fewer than ten documents each is cut into 80, 10 and 10 hundredths instead. Raises `DataError` at the
+        end where the text is not what `scan` has seen.
+        """
+        digest = _Digest()
+        number = 0
+        for number, document in enumerate(self.source.read(), 1):
+            chunks = digest.follow(document)
+            if self.lengths:
+                # A document too many is told below.
+                yield from _cut(chunks, self.lengths[min(number, len(self.lengths)) - 1])
+            else:
+                yield split_of(document.name), in_pieces(chunks)
+            for _ in chunks:
+                pass
+        if (number, digest.hexdigest()) != (self.num_documents, self.digest):
+            raise DataError("data.source: the text has changed while it was read; start again when nobody writes to it")
+
+    def texts(self, split: Split) -> Iterator[str]:
+        """The texts of one split, the long ones in pieces: what a tokenizer may learn from."""
+        for each, pieces in self.parts():
+            if each == split:
+                yield from pieces
+
+
+class _Digest:
+    """Of all names and texts, each after its length: so no two corpora look alike."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def follow(self, document: Document) -> Iterator[str]:
+        """The document's pieces, as they are put in."""
+        try:
+            name = document.name.encode()
+            self._hash.update(len(name).to_bytes(8, "little") + name)
+            self._hash.update(document.num_bytes.to_bytes(8, "little"))
+            for piece in document.pieces():
+                self._hash.update(piece.encode())
+                yield piece
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{document.name!a}: holds {error.object[error.start]!a}, half of a character, which UTF-8 cannot say"
+            ) from error
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+
+def _cut(chunks: Iterator[str], length: int) -> Iterator[tuple[Split, Iterator[str]]]:
+    """Three parts of one text of so many characters."""
+    held = ""
+
+    def take(count: int) -> Iterator[str]:
+        nonlocal held
+        while count > 0:
+            if not held and not (held := next(chunks, "")):
+                return
+            part, held = held[:count], held[count:]
+            count -= len(part)
+            yield part
+
+    first, second = length * 8 // 10, length * 9 // 10
+    for split, count in zip(SPLITS, (first, second - first, length - second), strict=True):
+        part = take(count)
+        yield split, in_pieces(part)
+        for _ in part:
+            pass
 
 
 def split_of(name: str) -> Split:
@@ -92,8 +152,3 @@ def steps_per_epoch(config: APTConfig, num_tokens: int) -> int:
         return training.steps_per_epoch
     batches = (num_tokens - 1) // config.max_seq_len // training.batch_size
     return max(1, batches // training.accumulate)
-
-
-def training_texts(corpus: Corpus) -> Iterable[str]:
-    """What a tokenizer may learn from."""
-    return corpus.texts["train"]

@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from apt.core.config import APTConfig
-from apt.core.providers import DataProvider, Tokenizer, TokenizerProvider
+from apt.core.providers import Tokenizer
 from apt.core.resolve import Resolved
 from apt.core.schedules import run_length
 from apt.data.batches import Batches
-from apt.data.corpus import Corpus, Split, TokenSplit, require, steps_per_epoch, training_texts
+from apt.data.corpus import require, steps_per_epoch
+from apt.data.prepare import Prepared, prepare
+from apt.data.tokens import TokenSplit
 from apt.errors import UserError
 from apt.modeling.compose import ModelBuilder
 from apt.modeling.model import Decoder
@@ -33,7 +35,7 @@ class Assembly:
     """The parts of a run. Every plugin's parts are off."""
 
     device: torch.device
-    corpus: Corpus
+    corpus: Prepared
     tokenizer: Tokenizer
     validation: TokenSplit
     batches: Batches
@@ -58,23 +60,10 @@ def assemble(
     if config.hardware.threads is not None:
         torch.set_num_threads(config.hardware.threads)
     device = _device(config)
-    source, provider = resolved.providers["data"], resolved.providers["tokenizer"]
-    assert isinstance(source, DataProvider)
-    assert isinstance(provider, TokenizerProvider)
-    with console.status("reading the text"):
-        corpus = Corpus.of(source.read())
-        tokenizer = provider.train(training_texts(corpus)) if checkpoint is None else provider.load(checkpoint)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"model.vocab_size: {config.vocab_size} is less than the tokenizer's {tokenizer.vocab_size} ids"
-        )
-
-    def split(name: Split) -> TokenSplit:
-        tokens = corpus.tokens(name, tokenizer, config.bos_token_id)
-        require(tokens, name, config.max_seq_len)
-        return tokens
-
-    train, validation = split("train"), split("validation")
+    corpus = prepare(config, resolved, console, checkpoint)
+    train, validation = corpus.splits["train"], corpus.splits["validation"]
+    require(train, "train", config.max_seq_len)
+    require(validation, "validation", config.max_seq_len)
     epoch = steps_per_epoch(config, len(train.tokens))
     max_steps, max_epochs = run_length(training, epoch)
     random.seed(training.seed)
@@ -90,7 +79,7 @@ def assemble(
     return Assembly(
         device=device,
         corpus=corpus,
-        tokenizer=tokenizer,
+        tokenizer=corpus.tokenizer,
         validation=validation,
         batches=Batches(train, config.max_seq_len, training.batch_size, training.seed),
         steps_per_epoch=epoch,

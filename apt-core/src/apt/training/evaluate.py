@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.data.batches import windows
-from apt.data.corpus import TokenSplit
+from apt.data.tokens import TokenSplit
 from apt.hookspecs import Batch
 from apt.training.ranks import Ranks
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,10 +12,22 @@ from apt.core.provider import Provider
 
 @dataclass(frozen=True)
 class Document:
-    """A text and where it came from; `name` is stable between machines and orders the corpus."""
+    """A text and where it came from; `name` is stable between machines and orders the corpus.
+
+    A text that is too long for memory comes from a subclass that gives it in `pieces` and says its `num_bytes` beforehand.
+    """
 
     name: str
     text: str
+
+    @property
+    def num_bytes(self) -> int:
+        """The length of the text in UTF-8."""
+        return len(self.text.encode())
+
+    def pieces(self) -> Iterator[str]:
+        """The text from start to end, in pieces of any length."""
+        yield self.text
 
 
 class DataProvider(Provider):
@@ -24,8 +36,15 @@ class DataProvider(Provider):
     kind: ClassVar[str] = "data"
 
     @abstractmethod
-    def read(self) -> Sequence[Document]:
-        """All documents, in the order of their names.
+    def read(self) -> Iterable[Document]:
+        """All documents, in the order of their names, the same at each call: a list, or a generator that holds one at a time.
 
         Raises `apt.errors.DataError` where a file is missing, empty, binary, or not UTF-8.
         """
+
+    def fingerprint(self) -> str | None:
+        """What tells in a moment whether `read` gives what it gave before, such as sizes and times of files.
+
+        None: only reading tells, so the text is read once more at each start, and its tokens are found by its digest.
+        """
+        return None

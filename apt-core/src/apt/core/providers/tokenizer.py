@@ -11,7 +11,11 @@ from apt.core.provider import Provider
 
 
 class Tokenizer(Protocol):
-    """What training and generation need of a tokenizer. Ids 0, 1, 2 are padding, start and end of a document."""
+    """What training and generation need of a tokenizer. Ids 0, 1, 2 are padding, start and end of a document.
+
+    Where it also has `encode_array(text)`, which gives the same ids as a NumPy array, a corpus is encoded by that. A text of more
+    than a million characters comes in pieces, cut before a single white space between two words where there is one.
+    """
 
     vocab_size: int
 

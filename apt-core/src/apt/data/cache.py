@@ -1,0 +1,111 @@
+"""What can be made again: written once, whole or not at all, by one process at a time, and checked when it is read."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apt.errors import DataError
+
+MANIFEST = "manifest.json"
+VARIABLE = "APT_CACHE_DIR"
+_OF_THE_DISK = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A folder of the cache, and what its maker wanted remembered."""
+
+    folder: Path
+    facts: dict[str, Any]
+
+
+class Cache:
+    """Entries by kind and key. `root` is ``data.cache``, else the environment's APT_CACHE_DIR, else the platform's folder."""
+
+    def __init__(self, root: str | Path | None = None, note: Callable[[str], None] = print) -> None:
+        import platformdirs
+
+        chosen = root if root is not None else os.environ.get(VARIABLE)
+        self.root = Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("apt-core")
+        self.note = note
+
+    def get(self, kind: str, key: Mapping[str, object], make: Callable[[Path], Mapping[str, object]]) -> Entry:
+        """The entry of this key; where there is none, or it is damaged, `make` fills a new folder and says what to remember.
+
+        Raises `DataError` where the folder cannot be written.
+        """
+        import filelock
+
+        folder = self.root / kind / digest_of(key)
+        if (entry := self._read(folder)) is not None:
+            return entry
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(folder.with_suffix(".lock"))
+            try:
+                lock.acquire(timeout=0)
+            except filelock.Timeout:
+                self.note(f"waiting for another process that makes {kind} in {self.root}")
+                lock.acquire()
+            try:
+                # Another process may just have made it.
+                return self._read(folder) or self._make(folder, key, make)
+            finally:
+                lock.release()
+        except OSError as error:
+            if error.errno not in _OF_THE_DISK:  # what `make` reads from may fail in its own ways
+                raise
+            raise DataError(
+                f"data.cache: {self.root}: cannot be written: {error.strerror}; name another folder in data.cache or {VARIABLE}"
+            ) from error
+
+    def _read(self, folder: Path) -> Entry | None:
+        if not folder.is_dir():
+            return None
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text())
+            wrong = [name for name, digest in manifest["files"].items() if file_digest(folder / name) != digest]
+            if not wrong:
+                os.utime(folder)  # when it was used last
+                return Entry(folder, manifest["facts"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            wrong = [f"{MANIFEST}: {error}"]
+        self.note(f"{folder} is damaged ({', '.join(wrong)}) and is made anew")
+        return None
+
+    def _make(self, folder: Path, key: Mapping[str, object], make: Callable[[Path], Mapping[str, object]]) -> Entry:
+        part = folder.with_suffix(".part")
+        shutil.rmtree(part, ignore_errors=True)
+        try:
+            part.mkdir()
+            facts = dict(make(part))
+            files = {path.name: file_digest(path) for path in sorted(part.iterdir())}
+            manifest = {"key": dict(key), "facts": facts, "files": files}
+            (part / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            shutil.rmtree(folder, ignore_errors=True)
+            part.rename(folder)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+        return Entry(folder, facts)
+
+
+def digest_of(key: Mapping[str, object]) -> str:
+    """A name for a key."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
