@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 
-from apt.cli.inspecting import describe_default, describe_type
+from apt.cli.inspecting import describe_options
 from apt.core.registry import registry
 
 PAGE = Path(__file__).parent / "reference.md"
@@ -38,8 +38,7 @@ def section(kind: str, name: str) -> list[str]:
     lines = [f"### `{kind}.{name}`", "", inspect.cleandoc(provider.__doc__ or ""), ""]
     if provider.model_fields:
         lines += ["| option | type | default | what |", "| --- | --- | --- | --- |"]
-        for option, schema in provider.model_json_schema()["properties"].items():
-            words = (describe_type(schema), describe_default(provider, option), str(schema.get("description", "")))
+        for option, *words in describe_options(provider):
             cells = [each.replace("|", "\\|") for each in words]
             lines.append(f"| `{option}` | {' | '.join(cells)} |")
         lines.append("")

@@ -109,6 +109,6 @@ def test_a_row_that_may_see_nothing_is_zero() -> None:
     layer, x = trained(Autopoietic()), states(1, 5)
     mask = torch.tensor([[False, False, True, True, True]])
     q, k, v = heads_of(layer, x)
-    mixed = layer.attend(q, k, v, causal=True, mask=mask)
+    mixed = layer.attend(q, k, v, causal=True, mask=mask, window=None)
     assert not mixed[:, :, :2].any()
     assert bool(mixed[:, :, 2:].any())

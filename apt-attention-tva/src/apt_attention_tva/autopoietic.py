@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from apt.layers import LayerCache
+from apt.layers.heads import Heads, Shape
 from apt_attention_tva.costs import BLOCK
 from apt_attention_tva.functional import broken_line, row_entropy
-from apt_attention_tva.heads import Heads, Shape
 
 LINE = ("slope", "offset", "height")
 """The parameters of the learned map of scores, one number a hidden unit; without the map they are not there."""
@@ -80,6 +80,7 @@ class AutopoieticAttention(Heads):
         *,
         causal: bool,
         mask: Bool[Tensor, "batch kv"] | None,
+        window: int | None,
     ) -> Float[Tensor, "batch heads seq width"]:
         """Mix the values block by block of queries; keys that no query of a block may see are left out."""
         seq, kv = q.shape[2], k.shape[2]
@@ -90,6 +91,8 @@ class AutopoieticAttention(Heads):
             visible = torch.ones(1, 1, end - start, reach, dtype=torch.bool, device=q.device)
             if causal:
                 visible = visible.tril(kv - seq + start)
+            if window is not None:
+                visible = visible.triu(kv - seq + start - window + 1)
             if mask is not None:
                 visible = visible & mask[:, None, None, :reach]
             arguments = (q[:, :, start:end], k[:, :, :reach], v[:, :, :reach], visible.logical_not(), mask is not None)

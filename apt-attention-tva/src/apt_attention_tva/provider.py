@@ -82,8 +82,8 @@ class TVA(_Heads):
 
     def create_layer(self, d_model: int, num_heads: int, dropout: float = 0.0) -> TriVeinAttention:
         """A layer of this width."""
+        from apt.layers.heads import Shape
         from apt_attention_tva.compensator import Compensator
-        from apt_attention_tva.heads import Shape
         from apt_attention_tva.tva import TriVeinAttention
 
         rank, width = self.get_rank(d_model, num_heads), self.get_head_width(d_model, num_heads)
@@ -174,8 +174,8 @@ class Autopoietic(_Heads):
 
     def create_layer(self, d_model: int, num_heads: int, dropout: float = 0.0) -> AutopoieticAttention:
         """A layer of this width."""
+        from apt.layers.heads import Shape
         from apt_attention_tva.autopoietic import AutopoieticAttention
-        from apt_attention_tva.heads import Shape
 
         width = self.get_head_width(d_model, num_heads)
         shape = Shape(d_model, num_heads, self.get_kv_heads(num_heads), width, 1 / math.sqrt(width), self.rope_theta)

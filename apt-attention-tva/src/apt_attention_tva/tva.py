@@ -12,10 +12,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from apt.layers import LayerCache, Part
+from apt.layers.heads import Heads, Shape
 from apt_attention_tva.compensator import Compensator
 from apt_attention_tva.costs import composing_pays
 from apt_attention_tva.functional import compose_down, compose_up, orthonormal
-from apt_attention_tva.heads import Heads, Shape
 
 
 class VeinHeads(Heads):

@@ -84,7 +84,7 @@ def test_a_value_that_no_part_has_is_an_error(model: Decoder) -> None:
 
 def test_components_are_built_one_by_one_and_zero_counts_as_given(builder: ModelBuilder) -> None:
     assert builder.build_attention(dropout=0.0).dropout == 0.0
-    assert builder.build_attention(d_model=32, num_heads=4, num_kv_heads=2).kv_heads == 2
+    assert builder.build_attention(d_model=32, num_heads=4, num_kv_heads=2).shape.num_kv_heads == 2
     assert builder.build_ffn(d_ff=8, name="swiglu").up.out_features == 16
     assert builder.build_ffn(bias=True).up.bias is not None
     assert builder.list_components()["ffn"][:1] == ["default"]

@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from apt.cli.options import add_profile_options, print_notes, read_profile
 from apt.cli.show import count, print_providers, print_table, size
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from apt.cli.running import Commands
     from apt.core.discovery import ProviderRecord
     from apt.core.profile import Profile
-    from apt.core.provider import Provider
     from apt.core.schedules import Piecewise, Ramp
 
 
@@ -127,19 +128,7 @@ def _show(kind: str, name: str) -> int:
     print(f"{kind}.{name}  ({info['distribution']} {info['version']}, {info['entry_point']})\n")
     print(_paragraph(provider.__doc__ or ""))
     print("\noptions:")
-    rows = (
-        [
-            (
-                f"  {option}",
-                describe_type(schema),
-                describe_default(provider, option),
-                str(schema.get("description", "")),
-            )
-            for option, schema in provider.model_json_schema()["properties"].items()
-        ]
-        if provider.model_fields
-        else []
-    )
+    rows = [(f"  {option}", *words) for option, *words in describe_options(provider)]
     if rows:
         print_table(("  OPTION", "TYPE", "DEFAULT", "WHAT"), rows)
     else:
@@ -162,6 +151,29 @@ def _paragraph(text: str) -> str:
     return inspect.cleandoc(text)
 
 
+def describe_options(model: type[BaseModel]) -> list[tuple[str, str, str, str]]:
+    """Name, type, default and meaning of each option; what a mapping may hold follows it, as ``option.inner``."""
+    rows: list[tuple[str, str, str, str]] = []
+    properties = model.model_json_schema()["properties"] if model.model_fields else {}
+    for option, schema in properties.items():
+        what = str(schema.get("description", ""))
+        rows.append((option, describe_type(schema), describe_default(model, option), what))
+        for inner in _mappings(model.model_fields[option].annotation):
+            rows += [(f"{option}.{row[0]}", *row[1:]) for row in describe_options(inner)]
+    return rows
+
+
+def _mappings(annotation: object) -> list[type[BaseModel]]:
+    """The closed mappings among the members of a type."""
+    from pydantic import BaseModel
+
+    from apt.core.provider import Provider
+
+    members = get_args(annotation) or (annotation,)
+    closed = [each for each in members if isinstance(each, type) and issubclass(each, BaseModel)]
+    return [each for each in closed if not issubclass(each, Provider)]
+
+
 def describe_type(schema: dict[str, object]) -> str:
     """A field's type in words, with its range."""
     from apt.core.provider import SLOT_KEY
@@ -172,6 +184,8 @@ def describe_type(schema: dict[str, object]) -> str:
         return " | ".join(map(str, schema["enum"]))  # type: ignore[call-overload]
     if "const" in schema:
         return str(schema["const"])
+    if "$ref" in schema:
+        return "mapping"
     if SLOT_KEY in schema:
         return f"{schema[SLOT_KEY]} provider"
     names = {"null": "none", "boolean": "true or false", "array": "list", "object": "mapping", "string": "text"}
@@ -184,9 +198,9 @@ def describe_type(schema: dict[str, object]) -> str:
     return " ".join((names.get(kind, kind), ", ".join(bounds))).rstrip()
 
 
-def describe_default(provider: type[Provider], option: str) -> str:
+def describe_default(model: type[BaseModel], option: str) -> str:
     """An option's default in words."""
-    field = provider.model_fields[option]
+    field = model.model_fields[option]
     if field.is_required():
         return "must be given"
     value = field.get_default(call_default_factory=True, validated_data={})

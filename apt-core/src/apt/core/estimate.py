@@ -73,6 +73,11 @@ def estimate(config: APTConfig, resolved: Resolved) -> Estimate:
     attention_size = blocks * attention.get_parameter_count(width, config.num_heads)
     parts = [
         PartCost("embedding", "", 1, vocabulary, width, 0.0),
+        *(
+            [PartCost("positions", "learned", 1, length * width, width, 0.0)]
+            if attention.needs_position_table()
+            else []
+        ),
         PartCost(
             "attention",
             attention.get_name(),

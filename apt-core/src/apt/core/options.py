@@ -142,8 +142,9 @@ def _options(model: type[BaseModel], path: Iterable[int | str]) -> list[str]:
     """The names of the options of the model at `path` below `model`."""
     for part in path:
         field = model.model_fields.get(str(part))
-        inner = None if field is None else field.annotation
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+        leaves = [] if field is None else list(_leaves(field.annotation))
+        inner = [each for each in leaves if isinstance(each, type) and issubclass(each, BaseModel)]
+        if len(inner) != 1:
             return []
-        model = inner
+        model = inner[0]
     return [field.alias or name for name, field in model.model_fields.items()]

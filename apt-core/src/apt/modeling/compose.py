@@ -145,16 +145,15 @@ class ModelBuilder:
         config = self.config
         if config.architecture != "decoder":
             raise UserError(f"model.architecture: {config.architecture!r} cannot be built yet; use 'decoder'")
-        embedding = nn.Embedding(config.vocab_size, config.d_model)
-        with torch.no_grad():
-            nn.init.normal_(embedding.weight, std=0.02)
+        attention = self._provider("attention", AttentionProvider, None, {})
         return Decoder(
-            embedding,
+            _table(config.vocab_size, config.d_model),
             [self.build_block() for _ in range(config.num_blocks)],
             self._norm(),
             dropout=config.dropout,
             max_seq_len=config.max_seq_len,
             tie_embeddings=config.tie_embeddings,
+            position_table=_table(config.max_seq_len, config.d_model) if attention.needs_position_table() else None,
             aligner=self.build_aligner() if "align" in self.resolved.providers else None,
         )
 
@@ -176,6 +175,14 @@ class ModelBuilder:
         if not isinstance(provider, interface):
             raise TypeError(f"{kind}.{choice.provider} is not a {interface.__name__}")
         return provider
+
+
+def _table(rows: int, width: int) -> nn.Embedding:
+    """Learned vectors, drawn with deviation 0.02 (Radford et al. 2018, GPT, section 4.1)."""
+    table = nn.Embedding(rows, width)
+    with torch.no_grad():
+        nn.init.normal_(table.weight, std=0.02)
+    return table
 
 
 def _given(value: T | None, otherwise: T) -> T:

@@ -31,6 +31,7 @@ class Decoder(nn.Module):
         dropout: float,
         max_seq_len: int,
         tie_embeddings: bool,
+        position_table: nn.Embedding | None = None,
         aligner: nn.Module | None = None,
     ) -> None:
         super().__init__()
@@ -38,6 +39,7 @@ class Decoder(nn.Module):
         self.recompute = False
         """Whether training computes each block's activations anew in the backward pass (Chen et al. 2016, 1604.06174)."""
         self.embedding = embedding
+        self.position_table = position_table
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
@@ -57,8 +59,14 @@ class Decoder(nn.Module):
         positions: Int[Tensor, "#batch seq"] | None = None,
         cache: Sequence[LayerCache] | None = None,
     ) -> Output:
-        """Score every next token. `mask` is True for tokens that are there; with a `cache` it covers earlier ones too."""
-        x = self.dropout(self.embedding(tokens))
+        """Score every next token. `mask` is True for tokens that are there; with a `cache` it covers earlier ones too.
+
+        Positions that are not given count the tokens that are there, so padding on the left moves nothing.
+        """
+        start = 0 if cache is None else cache[0].length
+        if positions is None:
+            positions = _count_positions(mask, start, tokens)
+        x = self._embed(tokens, positions)
         losses: dict[str, Tensor] = {}
         metrics: dict[str, list[Tensor]] = {}
         for index, block in enumerate(self.blocks):
@@ -99,7 +107,23 @@ class Decoder(nn.Module):
         self, tokens: Int[Tensor, "batch seq"], depth: int, *, mask: Bool[Tensor, "batch seq"] | None = None
     ) -> Float[Tensor, "batch seq d_model"]:
         """The states after `depth` blocks."""
-        x = self.dropout(self.embedding(tokens))
+        positions = _count_positions(mask, 0, tokens)
+        x = self._embed(tokens, positions)
         for block in self.blocks[:depth]:
-            x = block(x, mask=mask).output
+            x = block(x, mask=mask, positions=positions).output
         return x
+
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        if self.position_table is not None:
+            x = x + self.position_table(positions)
+        embedded: Tensor = self.dropout(x)
+        return embedded
+
+
+def _count_positions(mask: Tensor | None, start: int, tokens: Tensor) -> Int[Tensor, "#batch seq"]:
+    """Where each token stands among those that are there, `start` of which were read before."""
+    seq = tokens.shape[1]
+    if mask is None:
+        return torch.arange(start, start + seq, device=tokens.device).unsqueeze(0)
+    return (mask.cumsum(-1) - 1).clamp(min=0)[:, -seq:]

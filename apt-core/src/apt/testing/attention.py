@@ -30,13 +30,20 @@ def causality(subject: Subject) -> None:
 
 @check("attention")
 def sees_itself_and_the_past(subject: Subject) -> None:
-    """Each output depends on its own token and on each earlier one."""
-    x = states(1, 6).requires_grad_()
+    """Each output depends on its own token and on each earlier one, within the window, and on none beyond it."""
+    provider = subject.provider
+    assert isinstance(provider, AttentionProvider)
+    window = provider.get_window()
+    seq = 6 if window is None else min(window + 4, 64)
+    x = states(1, seq).requires_grad_()
     mixed = output(Bench(subject).layer()(x))
-    for t in range(6):
+    for t in range(seq):
         (gradient,) = torch.autograd.grad(mixed[0, t].sum(), x, retain_graph=True)
-        unseen = [s for s in range(t + 1) if not gradient[0, s].any()]
+        first = 0 if window is None else max(0, t - window + 1)
+        unseen = [s for s in range(first, t + 1) if not gradient[0, s].any()]
         demand(not unseen, f"output {t} does not depend on tokens {unseen}")
+        seen = [s for s in range(first) if gradient[0, s].any()]
+        demand(not seen, f"output {t} depends on tokens {seen}, and the window is {window} tokens")
 
 
 @check("attention")
@@ -55,11 +62,14 @@ def mask_polarity(subject: Subject) -> None:
         output(layer(x, mask=mask))[:, kept],
         "token 3 is False in the mask, and its content still matters; True is keep",
     )
+    provider = subject.provider
+    assert isinstance(provider, AttentionProvider)
     mask = torch.zeros(1, SEQ, dtype=torch.bool)
-    mask[:, [0, SEQ - 1]] = True
+    first = max(0, SEQ - (provider.get_window() or SEQ))
+    mask[:, [first, SEQ - 1]] = True
     x.requires_grad_()
     (gradient,) = torch.autograd.grad(output(layer(x, mask=mask))[0, -1].sum(), x)
-    demand(gradient[0, 0].any(), "token 0 is True in the mask, and does not matter; True is keep")
+    demand(gradient[0, first].any(), f"token {first} is True in the mask, and does not matter; True is keep")
 
 
 @check("attention")

@@ -5,6 +5,7 @@ from apt.core.providers.align import AlignProvider
 from apt.core.providers.attention import AttentionProvider
 from apt.core.providers.data import DataProvider, Document
 from apt.core.providers.ffn import FFNProvider
+from apt.core.providers.heads import HeadsProvider, RopeScaling
 from apt.core.providers.plugin import Plugin
 from apt.core.providers.retrieval import RetrievalProvider
 from apt.core.providers.router import RouterProvider
@@ -32,9 +33,11 @@ __all__ = [
     "DataProvider",
     "Document",
     "FFNProvider",
+    "HeadsProvider",
     "Plugin",
     "Provider",
     "RetrievalProvider",
+    "RopeScaling",
     "RouterProvider",
     "Slot",
     "Tokenizer",

@@ -42,6 +42,14 @@ class AttentionProvider(Provider):
         """The width of the output."""
         return d_model
 
+    def get_window(self) -> int | None:
+        """Tokens that each token sees, itself the last; None: all before it."""
+        return None
+
+    def needs_position_table(self) -> bool:
+        """Whether the model must add a learned table of `max_seq_len` positions to its embeddings for these layers."""
+        return False
+
     def supports_masking(self) -> bool:
         """Whether the layer honours a key mask (True = keep)."""
         return True

@@ -1,4 +1,4 @@
-"""What both attentions share: heads of one width, their rotary positions, and their cache."""
+"""Heads of one width: their rotary positions, their window, their cache, and the mixing of their values."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from apt.core.providers import RopeScaling
 from apt.layers import LayerCache
 from apt.layers.attend import attend
 from apt.layers.cache import KVCache
-from apt.layers.rope import rotate
+from apt.layers.rope import apply_turn, get_turn
 
 
 @dataclass(frozen=True)
 class Shape:
     """The sizes of an attention layer; `width` is a head's. Scores are multiplied by `scale`; `rope_theta` is the base
-    of the rotary positions, None for no positions."""
+    of the rotary positions, None for no positions; `window` is the number of tokens that each token sees, None for all."""
 
     d_model: int
     num_heads: int
@@ -26,6 +27,8 @@ class Shape:
     width: int
     scale: float
     rope_theta: float | None
+    rope_scaling: RopeScaling | None = None
+    window: int | None = None
 
     def narrowed(self, width: int) -> Shape:
         """The same with other heads."""
@@ -33,31 +36,40 @@ class Shape:
 
 
 class Heads(nn.Module):
-    """Splits projections into heads, turns them by position, keeps the cache, and mixes the values."""
+    """Splits projections into heads, turns them by position, keeps the cache, and mixes the values.
+
+    A subclass that has `sinks` [heads] sets them; see `apt.layers.attend.attend`.
+    """
+
+    sinks: nn.Parameter | None
 
     def __init__(self, shape: Shape, dropout: float) -> None:
         super().__init__()
         self.shape, self.dropout = shape, dropout
+        self.register_parameter("sinks", None)
 
     def split(
         self,
         x: Float[Tensor, "batch seq d_model"],
         memory: Float[Tensor, "batch kv d_model"] | None,
         weight: Float[Tensor, "inward d_model"],
+        bias: Float[Tensor, " inward"] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of `x`, keys and values of `memory` (or `x`), each [batch, heads, seq, width].
 
-        `weight` [(H + 2 H_kv) * width, d_model] projects to all of them; the width is its own.
+        `weight` [(H + 2 H_kv) * width, d_model] and `bias` project to all of them; the width is their own.
         """
         heads, kv_heads = self.shape.num_heads, self.shape.num_kv_heads
         width = weight.shape[0] // (heads + 2 * kv_heads)
         if memory is None:
             sizes = [heads * width, kv_heads * width, kv_heads * width]
-            q, k, v = torch.split(nn.functional.linear(x, weight), sizes, -1)
+            q, k, v = torch.split(nn.functional.linear(x, weight, bias), sizes, -1)
         else:
-            queries, others = torch.split(weight, [heads * width, 2 * kv_heads * width])
-            q = nn.functional.linear(x, queries)
-            k, v = nn.functional.linear(memory, others).chunk(2, -1)
+            sizes = [heads * width, 2 * kv_heads * width]
+            ours, theirs = torch.split(weight, sizes)
+            our_bias, their_bias = (None, None) if bias is None else torch.split(bias, sizes)
+            q = nn.functional.linear(x, ours, our_bias)
+            k, v = nn.functional.linear(memory, theirs, their_bias).chunk(2, -1)
         return _in_heads(q, width), _in_heads(k, width), _in_heads(v, width)
 
     def mix(
@@ -79,15 +91,16 @@ class Heads(nn.Module):
         if cache is not None and (cross or not isinstance(cache, KVCache)):
             raise ValueError("this layer takes its own cache, and none where it attends across")
         if cross:
-            return self.attend(q, k, v, causal=False, mask=mask)
+            return self.attend(q, k, v, causal=False, mask=mask, window=None)
         if self.shape.rope_theta is not None:
             if positions is None:
                 start = 0 if cache is None else cache.length
                 positions = torch.arange(start, start + q.shape[2], device=q.device).unsqueeze(0)
-            q, k = rotate(q, positions, self.shape.rope_theta), rotate(k, positions, self.shape.rope_theta)
+            turn = get_turn(positions, self.shape.width, self.shape.rope_theta, self.shape.rope_scaling)
+            q, k = apply_turn(q, turn), apply_turn(k, turn)
         if isinstance(cache, KVCache):
             k, v = cache.append(k, v)
-        return self.attend(q, k, v, causal=causal, mask=mask)
+        return self.attend(q, k, v, causal=causal, mask=mask, window=self.shape.window)
 
     def attend(
         self,
@@ -97,10 +110,20 @@ class Heads(nn.Module):
         *,
         causal: bool,
         mask: Bool[Tensor, "batch kv"] | None,
+        window: int | None,
     ) -> Float[Tensor, "batch heads seq width"]:
-        """Softmax attention in PyTorch's fused kernel."""
-        dropout = self.dropout if self.training else 0.0
-        return attend(q, k, v, causal=causal, mask=mask, dropout=dropout, scale=self.shape.scale)
+        """Softmax attention in PyTorch's fused kernels."""
+        return attend(
+            q,
+            k,
+            v,
+            causal=causal,
+            mask=mask,
+            scale=self.shape.scale,
+            dropout=self.dropout if self.training else 0.0,
+            window=window,
+            sinks=self.sinks,
+        )
 
     def create_cache(self, batch: int, max_seq_len: int, dtype: torch.dtype, device: torch.device) -> KVCache:
         """An empty cache of 2 H_kv width numbers a token."""
