@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from apt.cli import main
+from apt.cli import build_parser, main
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
@@ -54,6 +56,35 @@ def test_a_run_writes_and_is_scored(capsys: pytest.CaptureFixture[str], trained:
     assert "<svg" in (trained / "p.svg").read_text()
 
 
+def test_the_newest_run_is_runs_latest_and_the_line_that_comes_next_can_be_pasted(
+    capsys: pytest.CaptureFixture[str], profile_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [str(tmp_path / "bin" / "apt-core")])
+    for name in ("first", "second"):
+        code, out, _ = run(capsys, "train", "-p", profile_file, "--out", f"runs/{name}")
+        assert code == 0
+        assert Path("runs/latest").resolve() == tmp_path / "runs" / name
+    program, *words = shlex.split(out.splitlines()[-1].removeprefix("next: "))
+    assert program == sys.argv[0]
+    code, out, _ = run(capsys, *words, "--max-new-tokens", 5)
+    assert (code, out[:4]) == (0, "def ")
+    longer = ("--set", "training.max_epochs=3", "--resume", "runs/latest")
+    assert run(capsys, "train", "-p", profile_file, *longer)[0] == 0
+    assert Path("runs/latest").resolve() == tmp_path / "runs" / "second"
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "plot", "providers", "check", "doctor", "test"])
+def test_help_says_what_a_command_does_and_what_each_option_means(
+    capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    (subparsers,) = (each for each in build_parser()._actions if isinstance(each, argparse._SubParsersAction))
+    parser = subparsers.choices[command]
+    assert parser.description
+    assert [action.dest for action in parser._actions if not action.help] == []
+    assert run(capsys, command, "--help")[0] == 0
+
+
 def test_a_checkpoint_that_is_gone_or_damaged_is_named(capsys: pytest.CaptureFixture[str], trained: Path) -> None:
     assert run(capsys, "generate", trained / "nope", "--prompt", "x")[0] == 2
     weights = trained / "step-000008" / "model.safetensors"
@@ -61,6 +92,14 @@ def test_a_checkpoint_that_is_gone_or_damaged_is_named(capsys: pytest.CaptureFix
     code, out, err = run(capsys, "generate", trained, "--prompt", "x")
     assert (code, out) == (2, "")
     assert "damaged (model.safetensors); use the one before" in err
+
+
+def test_a_file_is_no_folder_for_a_run(capsys: pytest.CaptureFixture[str], profile_file: Path, tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("mine")
+    code, _, err = run(capsys, "train", "-p", profile_file, "--out", taken)
+    assert (code, err) == (2, f"error: {taken}: is a file; give a folder as --out\n")
+    assert taken.read_text() == "mine"
 
 
 def test_what_is_refused_prints_nothing_else(capsys: pytest.CaptureFixture[str], trained: Path) -> None:
@@ -158,7 +197,7 @@ def test_the_module_is_the_command() -> None:
 )
 def test_looking_never_loads_torch(words: list[str]) -> None:
     code = (
-        "import sys\nfrom apt.cli import main\n"
+        "import sys\nfrom apt.cli import build_parser, main\n"
         f"try: code = main({words!r})\nexcept SystemExit as stop: code = stop.code\n"
         "sys.exit(code or 'torch' in sys.modules)"
     )

@@ -39,7 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="apt-core",
         description=DESCRIPTION,
-        epilog="Installed packages add commands of their own: " + (", ".join(list_commands()) or "none is installed."),
+        epilog="Exit codes: 0 good, 2 the input is wrong, 1 a fault of ours or of a provider, 130 interrupted. "
+        "Commands of installed packages: " + (", ".join(list_commands()) or "none") + ".",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"apt-core {__version__}")

@@ -24,19 +24,33 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     providers = commands.add_parser(
         "providers",
         help="list what is installed; `providers show KIND.NAME` tells one provider's options",
-        description="List providers, or show one: apt-core providers | providers KIND | providers show KIND.NAME",
+        usage="apt-core providers [-h] [--check] [KIND]\n       apt-core providers show KIND.NAME",
+        description="List what is installed: kind, name, distribution, version, which is the kind's default, and whether "
+        "it is loaded, not loaded yet, disabled or broken. Or show one provider's options, with types and defaults.",
     )
-    providers.add_argument("words", nargs="*", metavar="KIND | show KIND.NAME")
+    providers.add_argument(
+        "words", nargs="*", metavar="KIND", help="such as attention, ffn, router; none: all (or: show attention.sdpa)"
+    )
     providers.add_argument(
         "--check", action="store_true", help="import each provider in a process of its own, to find the broken ones"
     )
     providers.set_defaults(run=_providers)
 
-    check = commands.add_parser("check", help="validate a profile and tell what its model costs, before training")
+    check = commands.add_parser(
+        "check",
+        help="validate a profile and tell what its model costs, before training",
+        description="Validate a profile, with every fault in one report, and tell the model's shape, parameters, FLOPs "
+        "per token and memory, and what is switched on when. Nothing is built, and PyTorch is not loaded.",
+    )
     add_profile_options(check, positional=True)
     check.set_defaults(run=_check)
 
-    doctor = commands.add_parser("doctor", help="try everything that is installed, and name what is wrong")
+    doctor = commands.add_parser(
+        "doctor",
+        help="try everything that is installed, and name what is wrong",
+        description="Import every installed provider in a process of its own, and name what is broken, missing, claimed "
+        "twice or made for another apt-core. Exits with 1 where something is.",
+    )
     doctor.add_argument(
         "--time-limit", type=float, default=20.0, metavar="SECONDS", help="for each provider's import (default: 20)"
     )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from apt.cli.options import add_profile_options, print_notes, read_profile
-from apt.cli.show import print_providers
+from apt.cli.show import called_as, print_providers
 
 if TYPE_CHECKING:
     from apt.core.hooks import HookRunner
@@ -21,7 +22,12 @@ Commands = argparse._SubParsersAction  # the only name that argparse has for it
 
 def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     """Add the commands of this module."""
-    train = commands.add_parser("train", help="train the model that a profile describes")
+    train = commands.add_parser(
+        "train",
+        help="train the model that a profile describes",
+        description="Train the model that a profile describes, and end with its held-out loss, a sample and a plot. "
+        "Ctrl-C saves and leaves; --resume auto goes on to the same bits as if nothing had happened.",
+    )
     add_profile_options(train, positional=False)
     train.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/<name>-<start time>)")
     train.add_argument(
@@ -33,25 +39,40 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     _add_strict_lock(train)
     train.set_defaults(run=_train)
 
-    generate = commands.add_parser("generate", help="let a trained model write")
+    generate = commands.add_parser(
+        "generate",
+        help="let a trained model write",
+        description="Let a trained model go on from a prompt. The same seed gives the same text.",
+    )
     _add_run(generate)
     generate.add_argument("--prompt", required=True, help="the text to go on from")
-    generate.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="default: 200")
+    generate.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="at most (default: 200)")
     generate.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (default: 0.8)")
     generate.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
     generate.add_argument(
         "--top-p", type=float, metavar="P", help="draw from the likeliest tokens that hold this share"
     )
-    generate.add_argument("--seed", type=int, default=0, help="default: 0")
-    generate.add_argument("--rag", type=Path, metavar="FOLDER", help="put passages from these texts before the prompt")
+    generate.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    generate.add_argument(
+        "--rag", type=Path, metavar="FOLDER", help="put passages from these texts before the prompt (needs apt-rag)"
+    )
     generate.set_defaults(run=_generate)
 
-    evaluate = commands.add_parser("evaluate", help="score a trained model on held-out text")
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="score a trained model on held-out text",
+        description="Score a trained model on the whole of a held-out split of the text that it was trained on: "
+        "nats a token, and bits per byte, which compares models whatever their tokens.",
+    )
     _add_run(evaluate)
-    evaluate.add_argument("--split", choices=("validation", "test"), default="validation")
+    evaluate.add_argument("--split", choices=("validation", "test"), default="validation", help="default: validation")
     evaluate.set_defaults(run=_evaluate)
 
-    plot = commands.add_parser("plot", help="draw a run: losses, scheduled values, switches")
+    plot = commands.add_parser(
+        "plot",
+        help="draw a run: losses, scheduled values, switches",
+        description="Draw a run, finished or not: losses, learning rate, scheduled values, and when what was switched on.",
+    )
     plot.add_argument("folder", type=Path, metavar="RUN", help="a run's folder")
     plot.add_argument("--out", type=Path, metavar="FILE", help="a .png or .svg file (default: loss.png in the run)")
     plot.set_defaults(run=_plot)
@@ -86,6 +107,8 @@ def _train(arguments: argparse.Namespace) -> int:
     result = Trainer(
         profile.config, out, resolved=profile.resolved, resume=arguments.resume, strict_lock=arguments.strict_lock
     ).fit()
+    if os.environ.get("RANK", "0") == "0":
+        _point_to(result.folder)
     if result.interrupted:
         return 130
     if os.environ.get("RANK", "0") != "0":
@@ -111,7 +134,18 @@ def _train(arguments: argparse.Namespace) -> int:
     print(f"\nrun:  {result.folder}")
     if result.plot is not None:
         print(f"plot: {result.plot}")
+    print(f"next: {called_as()} generate {result.folder} --prompt {shlex.quote(evaluation.sample_prompt or 'def ')}")
     return 0
+
+
+def _point_to(run: Path) -> None:
+    """Let ``runs/latest`` mean this run, where it lies in ``runs``."""
+    link = Path("runs") / "latest"
+    if run.parent != link.parent or run == link or (link.exists() and not link.is_symlink()):
+        return
+    new = link.with_name(f".latest-{os.getpid()}")
+    new.symlink_to(run.name)
+    new.replace(link)
 
 
 def _default_out(name: str, resume: str) -> Path:

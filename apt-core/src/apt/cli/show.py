@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -43,6 +45,14 @@ def print_providers(resolutions: Iterable[Resolution]) -> None:
             for each in resolutions
         ),
     )
+
+
+def called_as() -> str:
+    """The command as it was called, so that a line which names it can be pasted."""
+    given = sys.argv[0]
+    if Path(given).name == "__main__.py":
+        return "python -m apt"
+    return "apt-core" if given == shutil.which("apt-core") else given
 
 
 def count(number: float) -> str:

@@ -11,7 +11,12 @@ if TYPE_CHECKING:
 
 def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     """Add the commands of this module."""
-    test = commands.add_parser("test", help="hold a provider to every check of its kind")
+    test = commands.add_parser(
+        "test",
+        help="hold a provider to every check of its kind",
+        description="Build a provider's part at small sizes and hold it to every law of its kind: shapes, gradients, "
+        "causality, caches, its own estimates. Exits with 1 where one does not hold.",
+    )
     test.add_argument("provider", metavar="KIND.NAME", help="such as attention.sdpa, or attention../mine.py:Mine")
     test.add_argument(
         "--set", dest="sets", action="append", default=[], metavar="OPTION=VALUE", help="an option; may be repeated"

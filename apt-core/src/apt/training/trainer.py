@@ -144,6 +144,8 @@ class Trainer:
     # Before the first step
 
     def _find_checkpoint(self) -> Path | None:
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"{self.out}: is a file; give a folder as --out")
         if self.resume == "never":
             if self.out.is_dir() and any(self.out.iterdir()):
                 raise UserError(f"{self.out}: is not empty; give another --out, or --resume auto to go on there")
