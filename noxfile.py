@@ -38,7 +38,7 @@ def build(session: nox.Session) -> dict[str, str]:
 
 def install(session: nox.Session, names: tuple[str, ...], *tools: str) -> None:
     wheels = build(session)
-    chosen = [wheels[name] + ("[bpe]" if name == "apt-core" else "") for name in names]
+    chosen = [wheels[name] + ("[bpe,chat,gguf]" if name == "apt-core" else "") for name in names]
     session.install("--quiet", "--constraint", "constraints.txt", *chosen, *tools)
 
 

@@ -41,7 +41,10 @@ class SDPAttention(Heads):
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "batch seq d_model"]:
         """Attend; see `apt.layers.AttentionLayer`."""
-        q, k, v = self.split(x, memory, self.qkv.weight, self.qkv.bias)
+        if memory is None:
+            q, k, v = self.divide(self.qkv(x))
+        else:
+            q, k, v = self.split(x, memory, self.qkv.weight, self.qkv.bias)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         y = self.mix(q, k, v, causal=causal, mask=mask, positions=positions, cross=memory is not None, cache=cache)

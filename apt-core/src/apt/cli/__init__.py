@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from apt import __version__
-from apt.cli import inspecting, profiles, running, testing
+from apt.cli import inspecting, pretrained, profiles, running, testing
 from apt.cli.packages import find_command, list_commands
 from apt.errors import AptError, nearest
 
@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"apt-core {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    for module in (running, inspecting, profiles, testing):
+    for module in (running, pretrained, inspecting, profiles, testing):
         module.add_commands(commands)
     return parser
 

@@ -15,7 +15,9 @@ from apt.cli.show import called_as, print_providers
 
 if TYPE_CHECKING:
     from apt.core.hooks import HookRunner
+    from apt.data.tokens import TokenSplit
     from apt.training.checkpoint import LoadedRun
+    from apt.training.evaluate import Score
 
 Commands = argparse._SubParsersAction  # the only name that argparse has for it
 
@@ -42,17 +44,19 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     generate = commands.add_parser(
         "generate",
         help="let a trained model write",
-        description="Let a trained model go on from a prompt. The same seed gives the same text.",
+        description="Let a trained model go on from a prompt, or several. The same seed gives the same text.",
     )
-    _add_run(generate)
-    generate.add_argument("--prompt", required=True, help="the text to go on from")
-    generate.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="at most (default: 200)")
-    generate.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (default: 0.8)")
-    generate.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    add_run(generate)
     generate.add_argument(
-        "--top-p", type=float, metavar="P", help="draw from the likeliest tokens that hold this share"
+        "--prompt",
+        dest="prompts",
+        action="append",
+        required=True,
+        metavar="TEXT",
+        help="the text to go on from; several are read and written together",
     )
-    generate.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    add_sampling(generate, max_new_tokens=200)
+    add_precision(generate)
     generate.add_argument(
         "--rag", type=Path, metavar="FOLDER", help="put passages from these texts before the prompt (needs apt-rag)"
     )
@@ -62,10 +66,12 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
         "evaluate",
         help="score a trained model on held-out text",
         description="Score a trained model on the whole of a held-out split of the text that it was trained on: "
-        "nats a token, and bits per byte, which compares models whatever their tokens.",
+        "nats a token, and bits per byte, which compares models whatever their tokens. With --dtype or --quantize it is "
+        "scored in float32 and again in fewer bits.",
     )
-    _add_run(evaluate)
+    add_run(evaluate)
     evaluate.add_argument("--split", choices=("validation", "test"), default="validation", help="default: validation")
+    add_precision(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
     plot = commands.add_parser(
@@ -78,12 +84,31 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     plot.set_defaults(run=_plot)
 
 
-def _add_run(parser: argparse.ArgumentParser) -> None:
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """The run that a command works on, and what may be asked of its providers."""
     parser.add_argument("folder", type=Path, metavar="RUN", help="a run's folder, or one of its checkpoints")
     parser.add_argument(
         "--allow-local-code", action="store_true", help="run provider code that the run's profile names by file"
     )
     _add_strict_lock(parser)
+
+
+def add_sampling(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
+    """How tokens are drawn."""
+    default = f"default: {max_new_tokens}"
+    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=default)
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (default: 0.8)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that hold this share")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+
+
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    """In how many bits the model runs."""
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights and activations")
+    parser.add_argument(
+        "--quantize", choices=("int8",), help="eight bits for the linear layers, head included: the fastest on a CPU"
+    )
 
 
 def _add_strict_lock(parser: argparse.ArgumentParser) -> None:
@@ -113,6 +138,7 @@ def _train(arguments: argparse.Namespace) -> int:
         return 130
     if os.environ.get("RANK", "0") != "0":
         return 0
+    from apt.core.special import SpecialIds
     from apt.inference.generate import generate
 
     evaluation = profile.config.evaluation
@@ -126,6 +152,7 @@ def _train(arguments: argparse.Namespace) -> int:
             evaluation.sample_prompt,
             max_new_tokens=evaluation.sample_tokens,
             temperature=0.8,
+            special=SpecialIds.of(profile.config, result.resolved),
             state=result.state,
         )
         text = evaluation.sample_prompt + sample.text
@@ -155,44 +182,50 @@ def _default_out(name: str, resume: str) -> Path:
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _load(arguments: argparse.Namespace) -> LoadedRun:
+def load(arguments: argparse.Namespace) -> LoadedRun:
+    """The run that the options name."""
     from apt.training.checkpoint import load_run
 
     return load_run(arguments.folder, allow_local_code=arguments.allow_local_code, strict_lock=arguments.strict_lock)
 
 
-def _generate(arguments: argparse.Namespace) -> int:
-    run = _load(arguments)
-    from apt.inference.generate import generate
+def prepare_run(run: LoadedRun, arguments: argparse.Namespace) -> None:
+    """Change the run's model to the precision that was asked for."""
+    from apt.inference.prepare import prepare
 
-    unsaid = [arguments.prompt]
+    share = prepare(run.model, dtype=arguments.dtype, quantize=arguments.quantize)
+    if arguments.quantize is not None:
+        print(f"{share:.0%} of the weights are in {arguments.quantize}", file=sys.stderr)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    run = load(arguments)
+    from apt.inference.generate import generate, generate_batch
+
+    prepare_run(run, arguments)
+    prompts: list[str] = arguments.prompts
+    options = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
+    options |= {"special": run.special, "hooks": _hooks(run, arguments.rag), "state": run.state}
+    unsaid = [prompts[0]]
 
     def show(text: str) -> None:
         # The prompt goes first, but not before there is something to go on with: what is refused prints nothing.
         print(*unsaid, text, sep="", end="", flush=True)
         unsaid.clear()
 
-    result = generate(
-        run.model,
-        run.tokenizer,
-        arguments.prompt,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-        hooks=_hooks(run, arguments.rag),
-        state=run.state,
-        show=show,
-    )
-    print(*unsaid)
-    if result.sources:
-        print(f"passages from: {', '.join(result.sources)}", file=sys.stderr)
-    if result.left_out:
-        print(
-            f"the first {result.left_out} tokens did not fit in the model's context of {run.model.max_seq_len}",
-            file=sys.stderr,
-        )
+    if len(prompts) == 1:
+        results = [generate(run.model, run.tokenizer, prompts[0], **options, show=show)]
+        print(*unsaid)
+    else:
+        results = generate_batch(run.model, run.tokenizer, prompts, **options)
+        for number, (prompt, result) in enumerate(zip(prompts, results, strict=True), 1):
+            print(f"[{number}] {prompt}{result.text}")
+    for result in results:
+        if result.sources:
+            print(f"passages from: {', '.join(result.sources)}", file=sys.stderr)
+        if result.left_out:
+            room = run.model.max_seq_len
+            print(f"the first {result.left_out} tokens did not fit in the model's context of {room}", file=sys.stderr)
     return 0
 
 
@@ -211,37 +244,52 @@ def _hooks(run: LoadedRun, rag: Path | None) -> HookRunner:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    run = _load(arguments)
+    run = load(arguments)
     from rich.console import Console
-    from rich.progress import track
 
-    from apt.data.batches import num_windows, windows
     from apt.data.corpus import require
     from apt.data.prepare import prepare
     from apt.errors import CheckpointError
-    from apt.training.evaluate import score
+    from apt.training.checkpoint import IMPORTED
 
     corpus = prepare(run.config, run.resolved, Console(stderr=True), run.folder)
-    if corpus.digest != run.corpus_digest:
+    if run.corpus_digest == IMPORTED:
+        print("the model was trained elsewhere: it is not known whether it has seen this text", file=sys.stderr)
+    elif corpus.digest != run.corpus_digest:
         raise CheckpointError(
             f"{run.folder}: data.source gives another text now than it was trained on, so nothing of it is known to be held out"
         )
     split = corpus.splits[arguments.split]
     require(split, arguments.split, run.config.max_seq_len)
-    seq_len, batch_size = run.config.max_seq_len, run.config.training.batch_size
-    batches = track(
-        windows(split, seq_len, batch_size),
-        f"scoring the {arguments.split} split",
-        total=-(-num_windows(split, seq_len) // batch_size),
-        console=Console(stderr=True),
-        transient=True,
-    )
-    scored, _ = score(run.model, batches, bytes_per_token=split.bytes_per_token)
+    scored = _score(run, split, f"the {arguments.split} split")
     print(
         f"{arguments.split}: {scored.loss:.4f} nats a token, {scored.bits_per_byte:.4f} bits per byte "
         f"({scored.num_tokens:,} tokens, step {run.state.step})"
     )
+    if arguments.quantize is not None or arguments.dtype != "fp32":
+        changed = arguments.quantize or arguments.dtype
+        prepare_run(run, arguments)
+        again = _score(run, split, f"it again in {changed}")
+        print(f"in {changed}: {again.loss:.4f} nats a token, {again.loss - scored.loss:+.4f}")
     return 0
+
+
+def _score(run: LoadedRun, split: TokenSplit, what: str) -> Score:
+    from rich.console import Console
+    from rich.progress import track
+
+    from apt.data.batches import num_windows, windows
+    from apt.training.evaluate import score
+
+    seq_len, batch_size = run.config.max_seq_len, run.config.training.batch_size
+    batches = track(
+        windows(split, seq_len, batch_size),
+        f"scoring {what}",
+        total=-(-num_windows(split, seq_len) // batch_size),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    return score(run.model, batches, bytes_per_token=split.bytes_per_token)[0]
 
 
 def _plot(arguments: argparse.Namespace) -> int:

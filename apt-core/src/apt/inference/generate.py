@@ -1,23 +1,27 @@
-"""Text from a model, a token at a time, with the keys and values of what was read kept.
-
-A text may outgrow the model's context: then its last half is read again and goes on from there, so the memory is bounded and
-positions stay those that the model was trained on.
-"""
+"""Text from a model, a token at a time, for one prompt or a batch of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from apt.core.hooks import HookRunner
 from apt.core.providers import Tokenizer
+from apt.core.special import SpecialIds
 from apt.hookspecs import NextToken, Prompt, RunState
+from apt.inference.context import Context
+from apt.inference.prepare import folded
 from apt.inference.sampling import Sampling
+from apt.inference.stream import TextStream
 from apt.modeling.model import Decoder
 
 NOWHERE = RunState(0, 0, 0, 0)
+USUAL = SpecialIds()
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,16 @@ class Generation:
     """Tokens at the prompt's start that the context had no room for."""
 
 
-@torch.inference_mode()
+@dataclass
+class Row:
+    """One text of a batch while it is written."""
+
+    read: list[int]
+    """The prompt's ids, those included that did not fit."""
+    generator: torch.Generator
+    written: list[int] = field(default_factory=list)
+
+
 def generate(
     model: Decoder,
     tokenizer: Tokenizer,
@@ -42,8 +55,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
-    bos: int = 1,
-    eos: int = 2,
+    special: SpecialIds = USUAL,
     hooks: HookRunner | None = None,
     state: RunState = NOWHERE,
     show: Callable[[str], None] | None = None,
@@ -54,68 +66,124 @@ def generate(
     Raises `UserError` for sampling values out of range.
     """
     sampling = Sampling(temperature, top_k, top_p)
+    return _generate(model, tokenizer, [prompt], max_new_tokens, sampling, seed, special, hooks, state, show)[0]
+
+
+def generate_batch(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 200,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    special: SpecialIds = USUAL,
+    hooks: HookRunner | None = None,
+    state: RunState = NOWHERE,
+) -> list[Generation]:
+    """What `generate` writes after each of the prompts, all read and written together.
+
+    Every row draws from the seed by itself, so it does not matter which others are in the batch.
+    """
+    sampling = Sampling(temperature, top_k, top_p)
+    return _generate(model, tokenizer, prompts, max_new_tokens, sampling, seed, special, hooks, state, None)
+
+
+def _generate(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    special: SpecialIds,
+    hooks: HookRunner | None,
+    state: RunState,
+    show: Callable[[str], None] | None,
+) -> list[Generation]:
+    if not prompts:
+        return []
     hooks = HookRunner() if hooks is None else hooks
-    event = Prompt(prompt)
-    hooks.hook.apt_prompt_prepare(prompt=event)
+    events = [Prompt(prompt) for prompt in prompts]
+    for event in events:
+        hooks.hook.apt_prompt_prepare(prompt=event)
     device = model.embedding.weight.device
-    generator = torch.Generator(device).manual_seed(seed)
-    read = [bos, *tokenizer.encode(event.text)]
-    room = model.max_seq_len
-    left_out = max(0, len(read) - room)
-    reader = _Reader(model, read[left_out:])
+    start = [] if special.start is None else [special.start]
+    rows = [Row([*start, *tokenizer.encode(event.text)], torch.Generator(device).manual_seed(seed)) for event in events]
+    stream = TextStream(tokenizer)
+    with inference(model):
+        longest = max(len(row.read) for row in rows)
+        context = Context(model, [row.read for row in rows], longest + max_new_tokens, special.pad)
+        for tokens in draw(context, rows, sampling, special.stop, max_new_tokens, hooks, state):
+            if show is not None and tokens[0] is not None and (piece := stream.add(tokens[0])):
+                show(piece)
+    if show is not None and (piece := stream.end()):
+        show(piece)
+    results = []
+    for event, row in zip(events, rows, strict=True):
+        text = tokenizer.decode(row.written)
+        hooks.hook.apt_generation_end(prompt=event, text=text)
+        left_out = max(0, len(row.read) - model.max_seq_len)
+        results.append(Generation(text, tuple(row.written), tuple(event.sources), left_out))
+    return results
+
+
+def draw(
+    context: Context,
+    rows: Sequence[Row],
+    sampling: Sampling,
+    stop: frozenset[int],
+    max_new_tokens: int,
+    hooks: HookRunner,
+    state: RunState,
+) -> Iterator[list[int | None]]:
+    """Write the rows' next tokens until all of them have ended; each time, the token of every row (None: it has ended)."""
     changes = hooks.uses("apt_logits_ready")
-    written: list[int] = []
-    shown = 0
+    open_rows = set(range(len(rows)))
+    for number in range(max_new_tokens):
+        logits = context.logits()
+        if changes:
+            logits = _changed(logits, rows, open_rows, hooks, state)
+        with torch.inference_mode():
+            drawn = sampling.draw_rows(logits, [row.generator for row in rows])
+        tokens: list[int | None] = []
+        for index, (row, token) in enumerate(zip(rows, drawn, strict=True)):
+            if index in open_rows and token in stop:
+                open_rows.discard(index)
+                context.close(index)
+            if index in open_rows:
+                row.written.append(token)
+            tokens.append(token if index in open_rows else None)
+        yield tokens
+        if not open_rows or number + 1 == max_new_tokens:
+            return
+        context.add([context.pad if token is None else token for token in tokens])
+
+
+@contextmanager
+def inference(model: Decoder) -> Iterator[None]:
+    """The model in evaluation mode, its attention folded where it can be; afterwards as it was."""
     was_training = model.training
     model.eval()
     try:
-        for _ in range(max_new_tokens):
-            logits = reader.logits()
-            if changes:
-                moment = NextToken(torch.tensor([[*read, *written]], device=device), logits)
-                hooks.hook.apt_logits_ready(state=state, next_token=moment)
-                logits = moment.logits
-            token = int(sampling.draw(logits, generator))
-            if token in (eos, bos):
-                break
-            written.append(token)
-            reader.add(token)
-            if show is not None:
-                text = tokenizer.decode(written)
-                # A character may need more than one token: what is not whole yet waits.
-                if not text.endswith("�"):
-                    show(text[shown:])
-                    shown = len(text)
+        with folded(model):
+            yield
     finally:
         model.train(was_training)
-    text = tokenizer.decode(written)
-    if show is not None and shown < len(text):
-        show(text[shown:])
-    hooks.hook.apt_generation_end(prompt=event, text=text)
-    return Generation(text, tuple(written), tuple(event.sources), left_out)
 
 
-class _Reader:
-    """The model's context: reads tokens once, and reads the last half again where it is full."""
-
-    def __init__(self, model: Decoder, tokens: Sequence[int]) -> None:
-        self.model, self.context = model, list(tokens)
-        self.device = model.embedding.weight.device
-        self.waiting = list(tokens)
-        self.cache = model.create_cache(1) if model.supports_kv_cache else None
-
-    def add(self, token: int) -> None:
-        """One more token to be read."""
-        self.context.append(token)
-        self.waiting.append(token)
-        if len(self.context) > self.model.max_seq_len:
-            self.context = self.context[-max(1, self.model.max_seq_len // 2) :]
-            self.waiting = list(self.context)
-            self.cache = None if self.cache is None else self.model.create_cache(1)
-
-    def logits(self) -> torch.Tensor:
-        """Read what waits; the scores of the next token [1, vocab]."""
-        # Without a cache the whole context is read again for each token.
-        tokens = torch.tensor([self.context if self.cache is None else self.waiting], device=self.device)
-        self.waiting = []
-        return self.model(tokens, cache=self.cache).logits[:, -1]
+def _changed(
+    logits: Float[Tensor, "batch vocab"], rows: Sequence[Row], open_rows: set[int], hooks: HookRunner, state: RunState
+) -> Float[Tensor, "batch vocab"]:
+    """The logits as plugins leave them; each row by itself, since rows differ in length."""
+    changed = []
+    for index, row in enumerate(rows):
+        here = logits[index : index + 1]
+        if index in open_rows:
+            moment = NextToken(torch.tensor([[*row.read, *row.written]], device=logits.device), here)
+            hooks.hook.apt_logits_ready(state=state, next_token=moment)
+            here = moment.logits
+        changed.append(here)
+    return torch.cat(changed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,13 @@ class Sampling:
             raise UserError(f"top_k: {self.top_k} is not allowed; 1 or more")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p: {self.top_p} is not allowed; more than 0, up to 1")
+
+    def draw_rows(self, logits: Float[Tensor, "batch vocab"], generators: Sequence[torch.Generator]) -> list[int]:
+        """One token for each row, each drawn by a generator of its own."""
+        if self.temperature == 0:
+            return logits.argmax(-1).tolist()
+        rows = zip(logits, generators, strict=True)
+        return [int(self.draw(row[None], generator)) for row, generator in rows]
 
     def draw(self, logits: Float[Tensor, "batch vocab"], generator: torch.Generator) -> Int[Tensor, "batch 1"]:
         """One token for each row."""

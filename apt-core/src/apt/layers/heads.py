@@ -62,14 +62,19 @@ class Heads(nn.Module):
         heads, kv_heads = self.shape.num_heads, self.shape.num_kv_heads
         width = weight.shape[0] // (heads + 2 * kv_heads)
         if memory is None:
-            sizes = [heads * width, kv_heads * width, kv_heads * width]
-            q, k, v = torch.split(nn.functional.linear(x, weight, bias), sizes, -1)
-        else:
-            sizes = [heads * width, 2 * kv_heads * width]
-            ours, theirs = torch.split(weight, sizes)
-            our_bias, their_bias = (None, None) if bias is None else torch.split(bias, sizes)
-            q = nn.functional.linear(x, ours, our_bias)
-            k, v = nn.functional.linear(memory, theirs, their_bias).chunk(2, -1)
+            return self.divide(nn.functional.linear(x, weight, bias))
+        sizes = [heads * width, 2 * kv_heads * width]
+        ours, theirs = torch.split(weight, sizes)
+        our_bias, their_bias = (None, None) if bias is None else torch.split(bias, sizes)
+        q = nn.functional.linear(x, ours, our_bias)
+        k, v = nn.functional.linear(memory, theirs, their_bias).chunk(2, -1)
+        return _in_heads(q, width), _in_heads(k, width), _in_heads(v, width)
+
+    def divide(self, projected: Float[Tensor, "batch seq inward"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values side by side, as heads [batch, heads, seq, width]."""
+        heads, kv_heads = self.shape.num_heads, self.shape.num_kv_heads
+        width = projected.shape[-1] // (heads + 2 * kv_heads)
+        q, k, v = torch.split(projected, [heads * width, kv_heads * width, kv_heads * width], -1)
         return _in_heads(q, width), _in_heads(k, width), _in_heads(v, width)
 
     def mix(

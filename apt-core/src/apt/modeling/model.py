@@ -58,10 +58,12 @@ class Decoder(nn.Module):
         mask: Bool[Tensor, "batch kv"] | None = None,
         positions: Int[Tensor, "#batch seq"] | None = None,
         cache: Sequence[LayerCache] | None = None,
+        last: int | None = None,
     ) -> Output:
-        """Score every next token. `mask` is True for tokens that are there; with a `cache` it covers earlier ones too.
+        """Score every next token; with `last` only those after so many positions at the end.
 
-        Positions that are not given count the tokens that are there, so padding on the left moves nothing.
+        `mask` is True for tokens that are there; with a `cache` it covers earlier ones too. Positions that are not given count
+        the tokens that are there, so padding on the left moves nothing.
         """
         start = 0 if cache is None else cache[0].length
         if positions is None:
@@ -80,7 +82,7 @@ class Decoder(nn.Module):
                 losses[name] = losses[name] + loss if name in losses else loss
             for name, metric in seen.items():
                 metrics.setdefault(name, []).append(metric)
-        hidden = self.norm(x)
+        hidden = self.norm(x if last is None else x[:, -last:])
         means = {name: torch.stack(values).mean(0) for name, values in metrics.items()}
         return Output(self.head(hidden), hidden, losses, means)
 

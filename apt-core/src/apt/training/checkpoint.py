@@ -30,6 +30,7 @@ from apt.core.profile import dump_resolved, read_resolved
 from apt.core.providers import Tokenizer, TokenizerProvider
 from apt.core.resolution import record_of
 from apt.core.resolve import Resolved, resolve_config
+from apt.core.special import SpecialIds
 from apt.errors import CheckpointError
 from apt.hookspecs import RunState
 from apt.modeling.compose import ModelBuilder
@@ -45,6 +46,8 @@ PROFILE, WEIGHTS, OPTIMIZER, EXTRA, STATE = (
 )
 MANIFEST, LATEST, BEST = "manifest.json", "latest", "best"
 FORMAT = 1
+IMPORTED = ""
+"""The digest of the corpus of a model that was trained elsewhere: what it has read is not known."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,11 @@ class LoadedRun:
     resolved: Resolved
     folder: Path
     corpus_digest: str
+
+    @property
+    def special(self) -> SpecialIds:
+        """What starts and ends its texts."""
+        return SpecialIds.of(self.config, self.resolved)
 
 
 @dataclass(frozen=True)
@@ -269,7 +277,8 @@ def restore(folder: Path, model: nn.Module, optimizer: Optimizer) -> tuple[RunSt
     tensors = load_file(folder / OPTIMIZER)
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
-            if isinstance(value, Tensor):
+            # An imported model comes without an optimizer: its state stays that of the start.
+            if isinstance(value, Tensor) and (tensors or saved["corpus"] != IMPORTED):
                 value.copy_(tensors[f"{name}/{key}"].reshape(value.shape))
     return read_state(saved), _joined(saved["hooks"], load_file(folder / EXTRA))
 

@@ -33,6 +33,7 @@ from apt.modeling.parts import set_active
 from apt.training.assembly import assemble
 from apt.training.changes import check_changes
 from apt.training.checkpoint import (
+    IMPORTED,
     PROFILE,
     RandomState,
     find_checkpoint,
@@ -191,7 +192,7 @@ class Trainer:
     def _resume(self, folder: Path) -> None:
         """Go on from a checkpoint, with what a profile may change since."""
         saved = read_saved(folder)
-        if saved["corpus"] != self.corpus.digest:
+        if saved["corpus"] not in (IMPORTED, self.corpus.digest):
             raise CheckpointError(f"{folder}: was trained on another text than data.source gives now")
         for fault in check_lock(Lock.from_dict(saved["lock"]), make_lock(self.resolved), strict=self.strict_lock):
             self._warn(f"{folder.name}: {fault}")

@@ -11,7 +11,8 @@ from apt.core.provider import Provider
 
 
 class Tokenizer(Protocol):
-    """What training and generation need of a tokenizer. Ids 0, 1, 2 are padding, start and end of a document.
+    """What training and generation need of a tokenizer. Ids 0, 1, 2 are padding, start and end of a document, unless the
+    profile's pad_token_id, bos_token_id and eos_token_id say else.
 
     Where it also has `encode_array(text)`, which gives the same ids as a NumPy array, a corpus is encoded by that. A text of more
     than a million characters comes in pieces, cut before a single white space between two words where there is one.
@@ -45,3 +46,11 @@ class TokenizerProvider(Provider):
     @abstractmethod
     def get_vocab_size(self) -> int:
         """The number of ids, known before any training."""
+
+    def starts_with_bos(self) -> bool:
+        """Whether a prompt starts with bos_token_id, as the texts in training do."""
+        return True
+
+    def get_stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a text, beside bos_token_id and eos_token_id."""
+        return ()

@@ -1,0 +1,1 @@
+"""Checkpoints of other programs: Llama-family weights in safetensors folders and GGUF files, read and written."""

@@ -1,0 +1,96 @@
+"""A run becomes a folder that transformers' `LlamaForCausalLM` and `AutoTokenizer` load, without any code of ours."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from apt.builtin.pretrained import FILE, SETTINGS, PretrainedTokenizer
+from apt.builtin.tokenizer import BPETokenizer, ByteTokenizer
+from apt.core.providers import TokenizerProvider
+from apt.errors import FaultsError, UserError
+from apt.pretrained.llama import LlamaShape, to_theirs
+from apt.training.checkpoint import LoadedRun
+
+
+def export_hf(run: LoadedRun, out: Path) -> list[str]:
+    """Write config.json, generation_config.json, model.safetensors and the tokenizer; returns what could not be taken along.
+
+    Raises `UserError` with every reason where `LlamaForCausalLM` cannot be this model.
+    """
+    provider = run.resolved.providers["tokenizer"]
+    assert isinstance(provider, TokenizerProvider)
+    try:
+        shape = LlamaShape.from_config(run.config, provider.get_stop_ids())
+    except FaultsError as error:
+        reasons = "\n".join(f"  {fault}" for fault in error.faults)
+        raise UserError(
+            f"{run.folder}: transformers has no model of this shape; loading it there would need code of ours "
+            f"(trust_remote_code), which is not written:\n{reasons}"
+        ) from error
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out}: is not empty; give another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    notes = []
+    if run.model.aligner is not None:
+        notes.append("the aligner is left out: it takes part in training alone")
+    config = shape.to_hf()
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    (out / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
+    save_file(to_theirs(shape, run.model.state_dict()), out / "model.safetensors", metadata={"format": "pt"})
+    notes += _write_tokenizer(run, provider, out)
+    return notes
+
+
+def _write_tokenizer(run: LoadedRun, provider: TokenizerProvider, out: Path) -> list[str]:
+    tokenizer = run.tokenizer
+    if isinstance(tokenizer, PretrainedTokenizer):
+        tokenizer.save(out)
+        settings = tokenizer.settings
+    elif isinstance(tokenizer, BPETokenizer | ByteTokenizer):
+        if isinstance(tokenizer, BPETokenizer):
+            tokenizer.save(out)
+        else:
+            (out / FILE).write_text(json.dumps(_bytes_as_pairs(), ensure_ascii=False, indent=1), encoding="utf-8")
+        settings = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+    else:
+        return [f"the tokenizer {provider.get_name()} has no form that transformers reads; it is left out"]
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": run.config.max_seq_len, **settings}
+    (out / SETTINGS).write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return []
+
+
+def _bytes_as_pairs() -> dict[str, object]:
+    """tokenizer.json of the byte tokenizer: byte-level pairs, of which none is ever joined."""
+    # GPT-2's letters for bytes (Radford et al. 2019): those that print stand for themselves, the others follow after 255.
+    prints = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    letters = [chr(byte) if byte in prints else chr(next(others)) for byte in range(256)]
+    special = ("<pad>", "<bos>", "<eos>")
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": index, "content": token, **flags} for index, token in enumerate(special)],
+        "normalizer": None,
+        "pre_tokenizer": level,
+        "post_processor": None,
+        "decoder": level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {token: index for index, token in enumerate((*special, *letters))},
+            "merges": [],
+        },
+    }

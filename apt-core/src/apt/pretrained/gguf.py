@@ -1,0 +1,141 @@
+"""GGUF files, as llama.cpp writes them: dequantised weights, with rotary rows put back, and the tokenizer built anew.
+
+llama.cpp turns neighbouring features (2i, 2i + 1), here and in transformers it is (i, i + width / 2); its converter permutes the
+rows of W_q and W_k to match, and here they are permuted back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from apt.builtin.pretrained import PretrainedTokenizer
+from apt.errors import Fault, FaultsError, UserError
+from apt.pretrained.gguf_tokenizer import build_tokenizer
+from apt.pretrained.llama import LlamaShape
+from apt.pretrained.sources import Source
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_TOP = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_ENDS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>", "</s>")
+"""Control tokens that end a text wherever a vocabulary has them, as llama.cpp holds it too."""
+CONTROL = 3
+"""A token's type in GGUF: it is no text."""
+
+
+def open_gguf(path: Path) -> Source:
+    """A file of the Llama family. Raises `UserError` where it is not one, or the package `gguf` is missing."""
+    try:
+        from gguf import GGUFReader, dequantize
+    except ImportError as error:
+        raise UserError("GGUF files are read by the package gguf: pip install 'apt-core[gguf]'") from error
+    import torch
+
+    try:
+        reader = GGUFReader(path)
+    except ValueError as error:
+        raise UserError(f"{path}: is not a GGUF file: {error}") from error
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    tensors = {_rename(tensor.name): tensor for tensor in reader.tensors}
+    shape = _shape(fields, str(path), tied="lm_head.weight" not in tensors, vocabulary=tensors)
+    if "rope_freqs.weight" in tensors:
+        raise FaultsError([Fault(f"{path}: rope_freqs.weight", "scaled positions are not supported")])
+
+    def get(name: str) -> Tensor:
+        if name not in tensors:
+            raise UserError(f"{path}: has no tensor {name}, which a Llama has")
+        found = tensors[name]
+        weight = torch.from_numpy(dequantize(found.data, found.tensor_type).copy())
+        for part, heads in (("q_proj", shape.num_heads), ("k_proj", shape.num_kv_heads)):
+            if part in name:
+                # [heads, width / 2, 2, d_model] holds the pairs side by side; we want all first ones, then all second.
+                weight = weight.view(heads, -1, 2, shape.d_model).transpose(1, 2).reshape(weight.shape)
+        return weight
+
+    tokenizer, add_bos = _tokenizer(fields, path)
+    return Source(str(fields.get("general.name", path.stem)), shape, tokenizer, add_bos, frozenset(tensors), get)
+
+
+def _rename(name: str) -> str:
+    if name in _TOP:
+        return _TOP[name]
+    if name.startswith("blk."):
+        _, index, part, *rest = name.split(".")
+        if part in _BLOCK:
+            return ".".join(("model.layers", index, _BLOCK[part], *rest))
+    return name
+
+
+def _shape(fields: Mapping[str, Any], where: str, *, tied: bool, vocabulary: Mapping[str, Any]) -> LlamaShape:
+    """The shape, by way of what config.json would say."""
+    family = str(fields.get("general.architecture"))
+
+    def of(key: str) -> Any:
+        return fields.get(f"{family}.{key}")
+
+    scaling = of("rope.scaling.type")
+    embedding = vocabulary.get("model.embed_tokens.weight")
+    config = {
+        "model_type": family,
+        "hidden_size": of("embedding_length"),
+        "intermediate_size": of("feed_forward_length"),
+        "num_hidden_layers": of("block_count"),
+        "num_attention_heads": of("attention.head_count"),
+        "num_key_value_heads": of("attention.head_count_kv"),
+        "head_dim": of("attention.key_length"),
+        "vocab_size": None if embedding is None else int(embedding.shape[-1]),
+        "max_position_embeddings": of("context_length"),
+        "rms_norm_eps": round(float(of("attention.layer_norm_rms_epsilon") or 1e-6), 12),
+        "rope_theta": of("rope.freq_base") or 10000.0,
+        "rope_scaling": None if scaling in (None, "none") else {"type": scaling, "factor": of("rope.scaling.factor")},
+        "tie_word_embeddings": tied,
+        "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
+    }
+    shape = LlamaShape.from_hf({key: value for key, value in config.items() if value is not None}, where)
+    tokens: Sequence[str] = fields.get("tokenizer.ggml.tokens", ())
+    types: Sequence[int] = fields.get("tokenizer.ggml.token_type", ())
+    ends = [
+        index
+        for index, (token, kind) in enumerate(zip(tokens, types, strict=False))
+        if kind == CONTROL and token in _ENDS
+    ]
+    return replace(shape, eos=tuple(dict.fromkeys((*shape.eos, *ends))))
+
+
+def _tokenizer(fields: Mapping[str, Any], path: Path) -> tuple[PretrainedTokenizer, bool]:
+    """The tokenizer, and whether a text starts with bos (llama.cpp's defaults: yes for SentencePiece's, no for GPT-2's)."""
+    model = fields.get("tokenizer.ggml.model")
+    add_bos = bool(fields.get("tokenizer.ggml.add_bos_token", model == "llama"))
+    tokens: Sequence[str] = fields.get("tokenizer.ggml.tokens", ())
+    settings: dict[str, object] = {"add_bos_token": add_bos}
+    for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        index = fields.get(f"tokenizer.ggml.{key}_token_id")
+        if index is not None:
+            settings[f"{role}_token"] = tokens[index]
+    if "tokenizer.chat_template" in fields:
+        settings["chat_template"] = fields["tokenizer.chat_template"]
+    return PretrainedTokenizer(build_tokenizer(fields, str(path)), settings), add_bos
+
+
+__all__ = ["open_gguf"]

@@ -1,0 +1,119 @@
+"""A pretrained model becomes a run: a folder that generate, evaluate, chat, export and further training take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Literal, cast
+
+from torch.optim import SGD
+
+from apt.core import yaml
+from apt.core.profile import Profile, load_profile
+from apt.core.yaml import Value
+from apt.errors import UserError
+from apt.hookspecs import RunState
+from apt.modeling.compose import ModelBuilder
+from apt.pretrained.gguf import open_gguf
+from apt.pretrained.llama import from_theirs
+from apt.pretrained.sources import Source, open_folder
+from apt.training.checkpoint import IMPORTED, take_snapshot, write_snapshot
+from apt.training.record import write_card, write_record
+
+PROFILE = "profile.yaml"
+"""What further training starts from: `train -p RUN/profile.yaml --resume auto --out RUN`."""
+SKIPPED = ("rotary_emb.inv_freq",)
+"""Tensors that old checkpoints hold and that follow from the configuration."""
+
+Format = Literal["hf", "gguf"]
+
+
+def import_model(
+    form: Format, path: Path, out: Path, *, sets: Sequence[str] = (), tell: Callable[[str], None] = lambda line: None
+) -> Path:
+    """Write a run of step 0 with the model and tokenizer of `path`; returns its checkpoint.
+
+    `sets` change the profile (``training.batch_size=4``). Raises `UserError` and its kin where the source is no Llama-family
+    model, something of it would be lost, or `out` is not empty.
+    """
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out}: is not empty; give another --out")
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file or folder")
+    with ExitStack() as stack:
+        tell(f"reading {path}")
+        source = open_gguf(path) if form == "gguf" else open_folder(path, stack)
+        profile = _profile(source, out, form, sets)
+        assert profile.resolved is not None
+        used: set[str] = set()
+
+        def get(name: str) -> object:
+            used.add(name)
+            return source.get(name)
+
+        weights = from_theirs(source.shape, get)  # type: ignore[arg-type]
+        left = sorted(name for name in source.names - used if not name.endswith(SKIPPED) and not _tied(source, name))
+        if left:
+            raise UserError(f"{path}: has tensors that this model has no place for: {', '.join(left[:8])}")
+        model = ModelBuilder(profile.config, resolved=profile.resolved).build_model()
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        if unexpected or set(missing) - {"head.weight"}:
+            raise UserError(f"{path}: does not fit the profile's model: {sorted({*missing, *unexpected})}")
+    tell(f"writing {out}")
+    parameters = sum(each.numel() for each in model.parameters())
+    write_record(out, profile.config, profile.resolved, IMPORTED, parameters)
+    write_card(out, profile.config, profile.resolved, {"imported from": path, "parameters": f"{parameters:,}"})
+    training = profile.config.training
+    snapshot = take_snapshot(
+        config=profile.config,
+        resolved=profile.resolved,
+        model=model,
+        optimizer=SGD(model.parameters()),  # without state: whoever trains on starts with a fresh one
+        tokenizer=source.tokenizer,
+        state=RunState(0, 0, training.max_steps or 0, training.max_epochs or 0),
+        hooks={},
+        corpus_digest=IMPORTED,
+        progress={"left_out": 0, "best": None},
+        randoms=(),
+        copy=False,
+    )
+    return write_snapshot(out, snapshot)
+
+
+def _profile(source: Source, out: Path, form: Format, sets: Sequence[str]) -> Profile:
+    """The profile, written to the run and read again, so that it is checked as any other."""
+    tokenizer: dict[str, object] = {
+        "provider": "pretrained",
+        "vocab_size": source.tokenizer.vocab_size,
+        "add_bos": source.add_bos,
+        "stop_ids": list(source.shape.eos[1:]),
+    }
+    document = {
+        "name": source.name,
+        "description": f"Imported from {'a GGUF file' if form == 'gguf' else 'a safetensors folder'}.",
+        "model": source.shape.to_profile(),
+        "training": {
+            "max_epochs": 1,
+            "batch_size": 8,
+            "learning_rate": 2e-5,
+            "warmup_steps": 0,
+            "weight_decay": 0.0,
+            "gradient_clip": 1.0,
+        },
+        "data": {"source": "stdlib", "tokenizer": tokenizer},
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / PROFILE).write_text(yaml.dump(cast("dict[str, Value]", document)))
+    try:
+        profile = load_profile(out / PROFILE, sets=sets)
+    except UserError:
+        (out / PROFILE).unlink()
+        raise
+    (out / PROFILE).write_text(yaml.dump(profile.values))
+    return profile
+
+
+def _tied(source: Source, name: str) -> bool:
+    """Whether it is a head that the embedding stands for."""
+    return source.shape.tied and name == "lm_head.weight"

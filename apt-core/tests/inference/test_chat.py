@@ -1,0 +1,149 @@
+"""Conversations: the template's prompt, the cache that goes on from turn to turn, the command line's manners."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from apt.builtin.tokenizer import ByteTokenizer
+from apt.cli import main
+from apt.core.profile import load_profile
+from apt.errors import UserError
+from apt.inference.chat import Chat, render
+from apt.inference.sampling import Sampling
+from apt.modeling.compose import ModelBuilder
+from apt.modeling.model import Decoder
+
+pytest.importorskip("jinja2")
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+)
+GREEDY = Sampling(temperature=0)
+
+
+class Talker(ByteTokenizer):
+    """Bytes, with a template."""
+
+    chat_template = TEMPLATE
+    settings = {"bos_token": {"content": "<bos>"}, "chat_template": TEMPLATE}  # noqa: RUF012
+
+    def encode_marked(self, text: str) -> Sequence[int]:
+        return self.encode(text)
+
+
+class Letters(Talker):
+    """Printable ASCII alone: what the model wrote reads back as the same ids."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return "".join(chr(each - 3) if 35 <= each < 130 else "" for each in ids)
+
+
+@pytest.fixture
+def model(profile_file: Path) -> Decoder:
+    profile = load_profile(profile_file, sets=["model.max_seq_len=128"])
+    torch.manual_seed(0)
+    model = ModelBuilder(profile.config, resolved=profile.resolved).build_model()
+    unreadable = torch.tensor([each for each in range(259) if not 35 <= each < 130])
+    model.head.register_forward_hook(lambda module, inputs, logits: logits.index_fill(-1, unreadable, -torch.inf))
+    return model
+
+
+def test_a_template_is_run_with_the_special_tokens_and_without_reach() -> None:
+    talker = Talker()
+    assert render(talker, [{"role": "user", "content": "hi"}]) == "u:hi\na:"
+    assert render(talker, [], "{{ bos_token }}{{ [1, '<é>'] | tojson }}") == '<bos>[1, "<é>"]'
+    with pytest.raises(UserError, match="refuses this conversation: no tools"):
+        render(talker, [], "{{ raise_exception('no tools') }}")
+    with pytest.raises(UserError, match=r"refuses this conversation: .*unsafe"):
+        render(talker, [], "{{ messages.__class__.__mro__ }}")
+    with pytest.raises(UserError, match="has no chat template; give one with --template FILE"):
+        render(ByteTokenizer(), [])
+
+
+def test_what_was_read_in_one_turn_is_not_read_again_in_the_next(
+    model: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talker, read = Letters(), []
+    forward = Decoder.forward
+
+    def counted(self: Decoder, tokens: torch.Tensor, **more: object) -> object:
+        read.append(tokens.shape[1])
+        return forward(self, tokens, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Decoder, "forward", counted)
+    chat = Chat(model, talker, max_new_tokens=5, sampling=GREEDY)
+    first = "".join(chat.say("abc"))
+    assert read == [len("u:abc\na:"), 1, 1, 1, 1]
+    read.clear()
+    second = "".join(chat.say("de"))
+    # The fifth token of the first reply was drawn and not read yet.
+    assert read == [len("x\nu:de\na:"), 1, 1, 1, 1]
+    assert [each["content"] for each in chat.messages] == ["abc", first, "de", second]
+    fresh = Chat(model, talker, max_new_tokens=5, sampling=GREEDY)
+    fresh.messages = chat.messages[:2]
+    assert "".join(fresh.say("de")) == second
+
+
+def test_a_reply_that_is_broken_off_stays_in_the_conversation(model: Decoder) -> None:
+    chat = Chat(model, Letters(), max_new_tokens=50, sampling=GREEDY)
+    reply = chat.say("abc")
+    start = next(reply) + next(reply)
+    reply.close()
+    assert chat.messages[-1] == {"role": "assistant", "content": start}
+    chat.clear()
+    assert chat.messages == []
+
+
+def test_the_oldest_turns_leave_where_the_context_is_full(model: Decoder) -> None:
+    chat = Chat(model, Letters(), system="Be brief.", max_new_tokens=20, sampling=GREEDY)
+    for _ in range(6):
+        list(chat.say("x" * 20))
+    assert chat.left_out > 0
+    assert chat.messages[0] == {"role": "system", "content": "Be brief."}
+    assert chat.messages[1]["role"] == "user"
+    with pytest.raises(UserError, match=r"this message has .* tokens; the model's context has room for 128"):
+        list(chat.say("x" * 300))
+    assert chat.messages[-1]["role"] == "assistant"
+
+
+def test_piped_lines_are_turns_and_the_template_may_be_a_file(
+    profile_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    assert main(["train", "-p", str(profile_file), "--out", str(run), "--set", "model.max_seq_len=64"]) == 0
+    assert main(["chat", str(run)]) == 2
+    assert "no chat template" in capsys.readouterr().err
+    template = tmp_path / "template.jinja"
+    template.write_text(TEMPLATE)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\n/huh\n/clear\nagain\n/exit\nnever\n"))
+    assert main(["chat", str(run), "--template", str(template), "--max-new-tokens", "5"]) == 0
+    captured = capsys.readouterr()
+    assert "/huh: no such command" in captured.err
+    assert not re.search("^> ", captured.out, flags=re.MULTILINE)
+
+
+def test_ctrl_c_ends_a_reply_and_not_the_program(
+    model: Decoder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from apt.cli.pretrained import _reply
+
+    chat = Chat(model, Letters(), max_new_tokens=20, sampling=GREEDY)
+    add = torch.Tensor.tolist
+    calls = []
+
+    def interrupted(self: torch.Tensor) -> object:
+        calls.append(None)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return add(self)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", interrupted)
+    _reply(chat, "abc")
+    assert capsys.readouterr().out.endswith(" ...\n")
+    assert len(chat.messages[-1]["content"]) == 3

@@ -1,0 +1,76 @@
+"""Batches: every row is what it would be alone, whatever stands beside it and however long it grows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apt.builtin.tokenizer import ByteTokenizer
+from apt.core.profile import load_profile
+from apt.core.special import SpecialIds
+from apt.inference.generate import generate, generate_batch
+from apt.inference.stream import TextStream
+from apt.modeling.compose import ModelBuilder
+from apt.modeling.model import Decoder
+
+TOKENIZER = ByteTokenizer()
+
+
+@pytest.fixture
+def model(profile_file: Path) -> Decoder:
+    profile = load_profile(profile_file)
+    torch.manual_seed(0)
+    return ModelBuilder(profile.config, resolved=profile.resolved).build_model()
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("temperature", [0, 0.9])
+def test_rows_of_a_batch_are_what_each_prompt_gives_alone(
+    model: Decoder, temperature: float, cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Decoder, "supports_kv_cache", property(lambda self: cached))
+    prompts = ["a", "def f(x", "", "a prompt that is longer than the context", "def f(y"]
+    # Beyond the context of 16 tokens: rows are read anew at different times.
+    options = {"max_new_tokens": 40, "temperature": temperature, "seed": 3}
+    # Half of all ids end a text, so rows end at different times.
+    for special in (SpecialIds(), SpecialIds(stop=frozenset(range(0, 259, 40)))):
+        together = generate_batch(model, TOKENIZER, prompts, special=special, **options)  # type: ignore[arg-type]
+        alone = [generate(model, TOKENIZER, prompt, special=special, **options) for prompt in prompts]  # type: ignore[arg-type]
+        assert together == alone
+    assert generate_batch(model, TOKENIZER, []) == []
+
+
+def test_a_text_of_many_contexts_takes_no_more_memory_than_one(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    rooms: list[int] = []
+    create = Decoder.create_cache
+
+    def counted(self: Decoder, batch: int, max_seq_len: int | None = None) -> object:
+        rooms.append(max_seq_len or 0)
+        return create(self, batch, max_seq_len)
+
+    monkeypatch.setattr(Decoder, "create_cache", counted)
+    result = generate(model, TOKENIZER, "x", max_new_tokens=300, seed=1, special=SpecialIds(stop=frozenset()))
+    assert len(result.tokens) == 300
+    assert max(rooms) == model.max_seq_len
+    rooms.clear()
+    generate(model, TOKENIZER, "x", max_new_tokens=5)
+    assert rooms == [7]
+
+
+@given(st.text())
+@settings(max_examples=60)
+def test_the_pieces_of_a_stream_are_the_text(text: str) -> None:
+    stream = TextStream(TOKENIZER)
+    pieces = [stream.add(token) for token in TOKENIZER.encode(text)]
+    assert "".join((*pieces, stream.end())) == text
+    assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces) or "\N{REPLACEMENT CHARACTER}" in text
+
+
+def test_bytes_that_are_no_text_are_shown_at_the_end() -> None:
+    stream = TextStream(TOKENIZER)
+    assert [stream.add(token) for token in (3 + 0xE2, 3 + 0x82)] == ["", ""]
+    assert stream.end() == TOKENIZER.decode([3 + 0xE2, 3 + 0x82])

@@ -1,0 +1,115 @@
+"""Fewer bits: what is cast, what is quantised, how far the answer moves; and folding, which moves nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from apt.builtin.tokenizer import ByteTokenizer
+from apt.cli import main
+from apt.core.profile import load_profile
+from apt.errors import UserError
+from apt.inference.generate import generate
+from apt.inference.int8 import Int8Linear
+from apt.inference.prepare import prepare
+from apt.modeling.compose import ModelBuilder
+from apt.modeling.model import Decoder
+
+TOKENIZER = ByteTokenizer()
+
+
+@pytest.fixture
+def model(profile_file: Path) -> Decoder:
+    profile = load_profile(profile_file)
+    torch.manual_seed(0)
+    return ModelBuilder(profile.config, resolved=profile.resolved).build_model().eval()
+
+
+def scores(model: Decoder) -> torch.Tensor:
+    with torch.inference_mode():
+        logits: torch.Tensor = model(torch.arange(3, 15)[None]).logits.float()
+    return logits
+
+
+def test_bf16_is_everywhere_but_in_scheduled_values_and_weights_stay_tied(model: Decoder) -> None:
+    model.register_buffer("temperature", torch.tensor(0.3))
+    before = scores(model)
+    assert prepare(model, dtype="bf16") == 0.0
+    assert {each.dtype for each in model.parameters()} == {torch.bfloat16}
+    assert model.head.weight is model.embedding.weight
+    assert model.temperature.dtype == torch.float32
+    assert 0 < (scores(model) - before).abs().max() < 0.02 * before.std() * 10
+    assert generate(model, TOKENIZER, "x", max_new_tokens=3).tokens
+
+
+def test_int8_takes_every_linear_layer_and_moves_the_logits_little(model: Decoder) -> None:
+    before = scores(model)
+    assert prepare(model, quantize="int8") > 0.98
+    assert not any(type(each) is nn.Linear for each in model.modules())
+    assert 0 < (scores(model) - before).norm() / before.norm() < 0.03
+    assert generate(model, TOKENIZER, "x", max_new_tokens=3).tokens
+
+
+def test_an_int8_layer_gives_each_token_a_scale_of_its_own() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 48)
+    with torch.no_grad():
+        linear.weight[0] = 0.0  # a row without a scale
+    layer, x = Int8Linear(linear), torch.randn(3, 5, 64)
+    x[0, 0] *= 1e4
+    right = linear(x)
+    error = (layer(x) - right).norm(dim=-1) / right.norm(dim=-1)
+    assert error.max() < 0.03
+    assert torch.equal(layer(torch.zeros(2, 64)), linear.bias.expand(2, -1))
+    assert "in_features=64, out_features=48, int8" in repr(layer)
+
+
+def test_int8_is_for_float32(model: Decoder) -> None:
+    with pytest.raises(UserError, match="--quantize int8: its activations are float32; leave --dtype bf16 out"):
+        prepare(model, dtype="bf16", quantize="int8")
+
+
+def test_attention_that_can_be_folded_is_while_it_writes(model: Decoder) -> None:
+    class Foldable(nn.Module):
+        """Twice the layer, until it is folded into it."""
+
+        folds = 0
+
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def fold(self) -> nn.Module:
+            Foldable.folds += 1
+            return self.layer
+
+    right = generate(model, TOKENIZER, "x", max_new_tokens=5, temperature=0).tokens
+    layers = [Foldable(block.attention) for block in model.blocks]
+    for block, layer in zip(model.blocks, layers, strict=True):
+        block.attention = layer
+    assert generate(model, TOKENIZER, "x", max_new_tokens=5, temperature=0).tokens == right
+    assert Foldable.folds == 2
+    assert [block.attention for block in model.blocks] == layers
+    prepare(model)
+    assert generate(model, TOKENIZER, "x", max_new_tokens=5, temperature=0).tokens == right
+    assert Foldable.folds == 4
+
+
+def test_the_command_line_says_what_fewer_bits_cost(
+    profile_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert main(["train", "-p", str(profile_file), "--out", str(run)]) == 0
+    capsys.readouterr()
+    for words, said in ((["--quantize", "int8"], "in int8: "), (["--dtype", "bf16"], "in bf16: ")):
+        assert main(["evaluate", str(run), *words]) == 0
+        assert said in capsys.readouterr().out
+    prompts = ["--prompt", "ab", "--prompt", "x", "--max-new-tokens", "3"]
+    assert main(["generate", str(run), *prompts, "--quantize", "int8"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("[1] ab")
+    assert "\n[2] x" in captured.out
+    assert "of the weights are in int8" in captured.err

