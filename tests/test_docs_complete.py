@@ -12,9 +12,10 @@ import pytest
 
 from apt.cli import build_parser
 from apt.core.config import OF_AUTOPOIETIC, PREDECESSOR, APTConfig
+from apt.core.layout import MODEL, RENAMED, TOP
+from apt.core.layout import SECTIONS as OF_PROFILES
 from apt.core.legacy import KINDS, SECTIONS
-from apt.core.profile import MODEL, OLD, RENAMED, TOP
-from apt.core.profile import SECTIONS as OF_PROFILES
+from apt.core.profile import OLD
 from apt.core.providers import INTERFACES, Provider
 from apt.core.registry import Registry, registry
 from apt.core.schedules import Piecewise, Ramp, Schedule, Segment

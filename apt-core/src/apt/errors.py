@@ -47,7 +47,7 @@ class ProfileError(FaultsError):
     """A profile that cannot be used."""
 
 
-class ScheduleError(UserError):
+class ScheduleError(FaultsError):
     """A schedule that is not well formed, or a value that was asked for and has none."""
 
 

@@ -17,6 +17,7 @@ def site(tmp_path: Path) -> Path:
         ("diary", "import sys\n\ndef main(words):\n    print('diary:', *words)\n    return 7\n"),
         ("broken", "1/0\n"),
         ("odd", "main = 3\n"),
+        ("check", "def main(words):\n    print('stolen')\n"),
     ):
         (tmp_path / f"apt_{name}.py").write_text(source)
         info = tmp_path / f"apt_{name}-1.0.dist-info"
@@ -41,7 +42,7 @@ def test_a_packages_command_gets_the_words_after_its_name(site: Path) -> None:
 def test_commands_are_listed_without_being_imported(site: Path) -> None:
     done = run(site, "--help")
     assert done.returncode == 0
-    assert "broken, diary, odd" in done.stdout.replace("\n", " ")
+    assert "broken, check, diary, odd" in done.stdout.replace("\n", " ")
 
 
 def test_a_command_that_breaks_costs_itself_alone(site: Path) -> None:
@@ -56,3 +57,19 @@ def test_the_doctor_tries_commands_too(site: Path) -> None:
     done = run(site, "doctor")
     assert done.returncode == 1
     assert "command.broken" in done.stdout
+    assert "apt-core has a command of this name, so this one cannot be called" in done.stdout
+
+
+def test_no_package_takes_a_command_of_apt_core(site: Path) -> None:
+    done = run(site, "check", "nothing.yaml")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "nothing.yaml: cannot be read" in done.stderr
+
+
+def test_the_doctor_runs_where_a_variable_is_wrong(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APT_DISABLE_PLUGINS", "nobody")
+    done = run(site, "doctor")
+    assert done.returncode == 1
+    assert "APT_DISABLE_PLUGINS: 'nobody' matches nothing that is installed" in done.stdout
+    assert run(site, "--help").returncode == 0
+    assert run(site, "providers").returncode == 2

@@ -141,5 +141,16 @@ def test_what_is_optional_and_missing_is_a_warning_not_a_fault(site, monkeypatch
     assert found["data.must"].level == "ok"
 
 
+def test_a_plugin_that_must_be_given_options_is_examined_too_and_damaged_metadata_is_a_fault(site, data_source):
+    must = PLUGIN.replace("    @hookimpl", "    must: int\n\n    @hookimpl")
+    site.add("apt-must", {"plugin.must": "apt_must:Mine"}, {"apt_must": must})
+    site.add("apt-torn", {"data.torn": "apt_torn:Mine"}, {"apt_torn": data_source}, requires=["not a ~ requirement"])
+    (site.add("apt-bare", {"data.bare": "apt_bare:Mine"}, {"apt_bare": data_source}) / "METADATA").unlink()
+    found = {finding.subject: finding for finding in diagnose().findings}
+    assert "has no argument 'metricks'" in found["plugin.must"].what
+    assert (found["data.torn"].level, "its metadata is damaged" in found["data.torn"].what) == ("fault", True)
+    assert found["data.bare"].level == "ok"
+
+
 def test_a_fresh_registry_of_what_is_installed_is_one_line():
     assert "sdpa" in Registry(discover).list_providers("attention")["attention"]

@@ -177,3 +177,100 @@ def test_traced_calls_are_logged_with_their_time(
         call(one=Says(word="a"))
     assert "plugin 'one'" in caplog.text
     assert "apt_step_start took" in caplog.text
+
+
+def test_a_traced_wrapper_is_logged_before_and_after(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("APT_TRACE", "1")
+    with caplog.at_level(logging.WARNING):
+        call(one=Around())
+    assert [" ".join(record.getMessage().split()[5:-3]) for record in caplog.records] == [
+        "apt_step_start before the others",
+        "apt_step_start after the others",
+    ]
+
+
+class Mends(Plugin):
+    """Turns the errors of others into its own."""
+
+    how: str = "bug"
+
+    @hookimpl(wrapper=True)
+    def apt_step_start(self):
+        try:
+            yield
+        except PluginError:
+            if self.how == "bug":
+                raise RuntimeError("worse") from None
+
+
+def test_a_wrapper_may_swallow_an_error_and_is_named_when_it_raises_another() -> None:
+    call(mends=Mends(how="well"), bad=Fails())
+    with pytest.raises(PluginError, match=r"plugin 'mends' .* failed in apt_step_start at step 7: RuntimeError: worse"):
+        call(mends=Mends(), bad=Fails())
+
+
+def test_a_plugin_that_ends_the_interpreter_is_named() -> None:
+    class Exits(Plugin):
+        @hookimpl
+        def apt_step_start(self):
+            raise SystemExit(3)
+
+    with pytest.raises(PluginError, match=r"plugin 'exits' .* SystemExit: 3"):
+        call(exits=Exits())
+
+
+def test_a_users_error_says_which_plugin_said_it() -> None:
+    with pytest.raises(UserError) as caught:
+        call(bad=Fails(how="user"))
+    assert caught.value.__notes__ == ["said by plugin 'bad' ((registered) 0) in apt_step_start"]
+
+
+def test_a_wrapper_yields_and_nothing_else_does() -> None:
+    class Flat(Plugin):
+        @hookimpl(wrapper=True)
+        def apt_step_start(self):
+            """Does not yield."""
+
+    class Unmarked(Plugin):
+        @hookimpl
+        def apt_step_start(self):
+            yield
+
+    class Old(Plugin):
+        @hookimpl(hookwrapper=True)
+        def apt_step_start(self):
+            yield
+
+    for plugin, message in (
+        (Flat(), "is marked as a wrapper, but does not yield"),
+        (Unmarked(), "yields, but is no wrapper"),
+        (Old(), "a wrapper of pluggy's old kind"),
+    ):
+        with pytest.raises(PluginError, match=message):
+            HookRunner({"it": plugin})
+
+
+def test_a_hook_of_another_version_may_be_optional_and_a_static_method_is_a_hook() -> None:
+    class Both(Plugin):
+        @hookimpl(optionalhook=True)
+        def apt_of_tomorrow(self, moon):
+            """Not called today."""
+
+        @hookimpl
+        @staticmethod
+        def apt_step_start(state):
+            seen.append(f"static {state.step}")
+
+    assert call(both=Both()) == ["static 7"]
+
+
+def test_state_that_is_no_mapping_is_refused_by_name() -> None:
+    class Odd(Plugin):
+        @hookimpl
+        def apt_checkpoint_save(self):
+            return 3
+
+    with pytest.raises(PluginError, match=r"plugin 'odd' .* returned a int, not a mapping"):
+        HookRunner({"odd": Odd()}).save_state(STATE)

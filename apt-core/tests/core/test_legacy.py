@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from apt.core.legacy import translate
+from apt.core.legacy import settle, translate
 from apt.core.yaml import Source, read_text
 
 
 def translated(text: str, plugins: list[str] | None = None) -> tuple[Source, list[str], list[str]]:
-    source, notes, faults = translate(read_text(text, "f.yaml"), plugins or [])
+    source, notes, faults = translate(read_text(text, "f.yaml"))
+    faults += settle(source.values, plugins or [])
     return source, notes, [str(fault) for fault in faults]
 
 
@@ -74,10 +75,16 @@ def test_contradictions_are_refused(text: str, plugins: list[str], message: str)
     assert any(message in fault for fault in translated(text, plugins)[2])
 
 
-def test_a_mixture_that_is_not_enabled_is_left_out() -> None:
+def test_a_mixture_that_is_not_enabled_is_a_dense_network() -> None:
     source, _, faults = translated("model: {moe: {enabled: false, experts: 4}}")
-    assert source.values == {"model": {}}
+    assert source.values == {"model": {"ffn": {"provider": "default"}}}
     assert faults == []
+
+
+def test_what_is_neither_true_nor_false_enables_nothing() -> None:
+    assert translated("model: {moe: {enabled: 1}}", ["moe"])[2] == [
+        "model.moe.enabled: 1 is not allowed; input should be true or false"
+    ]
 
 
 def test_the_old_name_of_the_router_goes_where_it_routes() -> None:

@@ -104,6 +104,100 @@ def test_set_changes_any_value_and_is_its_origin(folder: Path) -> None:
     assert profile.origin("model.d_model") == "--set model.d_model=64"
 
 
+@pytest.mark.parametrize(
+    ("text", "path", "value"),
+    [
+        ("name=2026", "name", "2026"),
+        ("version=1.0", "version", "1.0"),
+        ("name='quoted'", "name", "quoted"),
+        ("description=", "description", ""),
+        ("description=a: b # c", "description", "a: b # c"),
+        ("description=[1, 2", "description", "[1, 2"),
+        ("evaluation.sample_prompt=def f(): #", "evaluation.sample_prompt", "def f(): #"),
+        ("training.learning_rate=3", "base_lr", 3.0),
+        ("training.max_steps=null", "training.max_steps", None),
+        ("training.save_every=10", "training.save_every", 10),
+        ("training.save_every=10 min", "training.save_every", "10 min"),
+        ("training.betas=0.8,0.9", "training.betas", (0.8, 0.9)),
+        ("plugins=[]", "plugins", ()),
+        ("extra.a.b=3", "extra", {"a": {"b": 3}}),
+        ("model.attention_name=sdpa", "attention_name", "sdpa"),
+        ("model.attention={provider: sdpa}", "options.attention", {"num_kv_heads": 2}),
+        ("model.attention.provider=sdpa", "options.attention", {"num_kv_heads": 2}),
+        ("model.attention.num_kv_heads=4", "options.attention", {"num_kv_heads": 4}),
+        ("model.ffn.provider=swiglu", "ffn_name", "swiglu"),
+        ("model.ffn=null", "ffn_name", "default"),
+        ("data.path=1", "data.path", "1"),
+    ],
+)
+def test_a_set_value_has_the_type_of_its_option(folder: Path, text: str, path: str, value: object) -> None:
+    first = ["data.source=files", "data.path=x"] if text.startswith("data") else []
+    found: object = load(folder / "base.yaml", sets=[*first, text]).config
+    for key in path.split("."):
+        found = found[key] if isinstance(found, dict) else getattr(found, key)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_every_set_that_is_wrong_is_told(folder: Path) -> None:
+    sets = ["model.d_model={", "base=other.yaml", "plugins.0=moe", "training.max_epochs=no", "x"]
+    told = faults(folder / "base.yaml", sets=sets).splitlines()
+    assert told[0].startswith("--set model.d_model={: did not find")
+    assert told[1:] == [
+        "--set base=other.yaml: a base is inherited before --set is applied; name it in a file",
+        "--set plugins.0=moe: plugins is a list; give the whole of it",
+        "--set x: is not of the form a.b=value",
+        "--set training.max_epochs=no: training.max_epochs: 'no' is not allowed; input should be a number or null",
+    ]
+
+
+def test_a_name_and_a_mapping_of_a_provider_are_merged_as_one(folder: Path) -> None:
+    (folder / "name.yaml").write_text(BASE.replace("attention: {provider: sdpa, num_kv_heads: 2}", "attention: sdpa"))
+    (folder / "x.yaml").write_text("base: name.yaml\nmodel: {attention: {num_kv_heads: 2}}\n")
+    config = load(folder / "x.yaml").config
+    assert (config.attention_name, config.options["attention"]) == ("sdpa", {"num_kv_heads": 2})
+    (folder / "x.yaml").write_text("base: base.yaml\nmodel: {attention: sdpa}\n")
+    assert load(folder / "x.yaml").config.options["attention"] == {"num_kv_heads": 2}
+
+
+def test_a_source_of_text_that_is_replaced_leaves_its_options_behind_and_the_tokenizer_stays(folder: Path) -> None:
+    (folder / "y.yaml").write_text(
+        BASE.replace("source: stdlib", "source: files, path: x, tokenizer: {provider: byte}")
+    )
+    profile = load(folder / "y.yaml", sets=["data.source=stdlib"])
+    assert profile.config.data.model_extra == {}
+    assert profile.origin("data.path") == "default"
+    assert profile.origin("data.tokenizer.provider").endswith("y.yaml:8:53")
+
+
+def test_an_option_of_the_provider_before_is_no_origin(folder: Path) -> None:
+    (folder / "x.yaml").write_text("base: base.yaml\nmodel: {ffn: {provider: default, bias: true}}\n")
+    assert load(folder / "x.yaml", sets=["model.ffn=swiglu"]).origin("model.ffn.bias") == "default"
+
+
+def test_null_takes_away_what_was_inherited(folder: Path) -> None:
+    schedules = "schedules: {enable_x_at_epoch: 1}\n"
+    (folder / "x.yaml").write_text(BASE.replace("  ffn: swiglu", "  ffn: swiglu\n  align: {alpha: 0.1}") + schedules)
+    (folder / "y.yaml").write_text("base: x.yaml\nmodel: {align: null}\nschedules: {enable_x_at_epoch: null}\n")
+    config = load(folder / "y.yaml").config
+    assert (config.schedules, "align" in config.options) == ({}, False)
+
+
+def test_an_old_section_can_be_changed_and_switched_off_from_above(folder: Path) -> None:
+    moe = "  moe: {enabled: true, experts: 4}\n"
+    (folder / "x.yaml").write_text(BASE.replace("  ffn: swiglu\n", moe))
+    config = load(folder / "x.yaml", sets=["model.moe.enabled=false"]).config
+    assert (config.ffn_name, config.options["ffn"]) == ("default", {})
+    assert "does not list the plugin 'moe'" in faults(folder / "x.yaml")
+
+
+def test_a_chain_of_bases_has_an_end(folder: Path) -> None:
+    for number in range(30):
+        (folder / f"{number}.yaml").write_text(f"base: {number + 1}.yaml\n")
+    assert "16.yaml: is inherited through more than 16 files" in faults(folder / "0.yaml")
+    assert "the control character '\\x00' is not allowed" in faults_of(folder, 'base: "a\\0b"\n')
+
+
 def test_the_plugins_of_the_command_line_replace_the_list(folder: Path) -> None:
     text = BASE + "plugins: [nobody]\n"
     assert "x.yaml:9:10: plugins: no plugin provider 'nobody' is installed" in faults_of(folder, text)
@@ -128,7 +222,7 @@ def test_a_set_that_is_no_assignment_is_refused(folder: Path, text: str) -> None
         ("model.d_model='32'", "model.d_model: '32' is not allowed; input should be a whole number"),
         ("model.d_model=null", "model.d_model: None is not allowed"),
         ("model.dropout=1.0", "model.dropout: 1.0 is not allowed; input should be less than 1"),
-        ("model.dropout=1e999", "model.dropout: inf is not allowed"),
+        ("model.dropout=1e999", "1e999 is too large a number"),
         ("model.tie_embeddings=1", "model.tie_embeddings: 1 is not allowed; input should be true or false"),
         (
             "model.activation=gleu",
@@ -149,7 +243,7 @@ def test_a_set_that_is_no_assignment_is_refused(folder: Path, text: str) -> None
         ("model.attention.num_kv_heads=3", "model.attention: num_heads 4 is not a multiple of num_kv_heads 3"),
         ("model=[1]", "model: [1] is not a mapping; keys: architecture"),
         ("training=3", "training: 3 is not a mapping"),
-        ("plugins=moe", "plugins: 'moe' is not a list; write plugins: [moe, align]"),
+        ("plugins=[{moe: 3}]", "plugins.0.moe: 3 is not a mapping of options"),
         ("plugins=[3]", "plugins.0: 3 is not a plugin; give a name, or {name: {option: value}}"),
         ("schedules=[1]", "schedules: [1] is not allowed"),
         (
@@ -167,7 +261,8 @@ def test_a_set_that_is_no_assignment_is_refused(folder: Path, text: str) -> None
         ("data.tokenizer={provider: byte, x: 1}", "data.tokenizer.x: no such option"),
         ("training.max_epochs=null", "training: gives neither max_epochs nor max_steps; say how long to train"),
         ("model.align=bistate_default", "model.align: is configured, but nothing switches it on; add it to plugins"),
-        ("name=3", "name: 3 is not allowed; input should be a valid string"),
+        ("name=../x", "name: must be a name for a folder: 1 to 100 characters, none of them a slash"),
+        ("name=", "name: must be a name for a folder"),
         ("extra=3", "extra: 3 is not allowed"),
     ],
 )

@@ -82,13 +82,17 @@ def test_a_list_is_a_schedule_of_segments_by_epoch() -> None:
     [
         ({"start": 1.0, "end": 0.0, "type": "exp"}, "exp needs start and end of one sign, neither of them 0"),
         ({"start": -1.0, "end": 1.0, "type": "exp"}, "exp needs start and end of one sign"),
-        ({"start": 1.0}, "schedules.x: end: must be given"),
-        ({"start": 1.0, "end": 2.0, "by": "day"}, "by: 'day' is not allowed; input should be 'epoch' or 'step'"),
-        ({"start": 1.0, "end": 2.0, "typ": "exp"}, "typ: no such option; did you mean 'type'. options: start, end, by"),
+        ({"start": 1.0}, "x.end: must be given"),
+        ({"start": 1.0, "end": 2.0, "by": "day"}, "x.by: 'day' is not allowed; input should be 'epoch' or 'step'"),
+        ({"start": 1.0, "end": 2.0, "typ": "exp"}, "x.typ: no such option; did you mean 'type'?"),
         ({"start": 1.0, "end": 2.0, "warmup": -1}, "warmup"),
         ({"start": float("nan"), "end": 2.0}, "start"),
-        (3, "schedules.x: 3 is not a schedule; such as {start: 1.5, end: 0.8}"),
-        ([], "segments"),
+        ({"start": True, "end": 2.0}, "x.start: True is not allowed; input should be a number"),
+        ({"start": "1", "end": 2.0, "by": 3}, "x.start: '1' is not allowed; input should be a number"),
+        (3, r"schedules.x: 3 is no schedule; give {start: 1.5, end: 0.8, by: epoch}, or a list of segments"),
+        ([], "schedules.x: .* is not allowed"),
+        ([{"start": 0, "end": 1, "typ": "exp"}], r"schedules.x.0.typ: no such option; did you mean 'type'\?"),
+        ({"segments": [{"end": 1}]}, "schedules.x.segments.0.start: must be given"),
         ([{"start": 0, "end": 1}, {"start": 1, "end": 2}], "only the last segment may go on"),
         ([{"until": 5, "start": 0, "end": 1}, {"until": 3, "start": 1, "end": 2}], "`until` must rise"),
     ],
@@ -126,12 +130,12 @@ def test_a_switch_beyond_the_end_of_the_run_is_told(
 
 
 def test_two_lines_for_one_switch_contradict() -> None:
-    with pytest.raises(ScheduleError, match="'moe' is switched on by another line as well"):
+    with pytest.raises(ScheduleError, match="another line switches 'moe' on as well; keep one"):
         Schedule({"enable_moe_at_epoch": 1, "enable_moe_at_step": 3})
 
 
 def test_a_missing_schedule_is_an_error_and_not_zero() -> None:
-    with pytest.raises(ScheduleError, match=r"'route_tmp' has no schedule; did you mean 'route_temp'"):
+    with pytest.raises(ScheduleError, match=r"route_tmp: there is no such schedule; did you mean 'route_temp'"):
         Schedule({"route_temp": ROUTE}).get_param("route_tmp", epoch=0, max_epochs=2)
 
 

@@ -152,8 +152,10 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
 def test_variables_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("APT_TEST_SIZE", "64")
     monkeypatch.delenv("APT_TEST_OTHER", raising=False)
-    text = "a: ${APT_TEST_SIZE}\nb: ${APT_TEST_OTHER:-3e-4}\nc: x-${APT_TEST_SIZE}\nd: '${APT_TEST_SIZE}'\n"
-    assert read_text(text, "f").values == {"a": 64, "b": 3e-4, "c": "x-64", "d": "64"}
+    text = (
+        "a: ${APT_TEST_SIZE}\nb: ${APT_TEST_OTHER:-3e-4}\nc: x-${APT_TEST_SIZE}\nd: \"${APT_TEST_SIZE}\"\ne: '${X}'\n"
+    )
+    assert read_text(text, "f").values == {"a": 64, "b": 3e-4, "c": "x-64", "d": "64", "e": "${X}"}
 
 
 def test_a_variable_cannot_smuggle_in_structure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,18 +50,25 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def own_commands(parser: argparse.ArgumentParser) -> tuple[str, ...]:
+    """The names of apt-core's own commands, which no package can take."""
+    (commands,) = [each for each in parser._actions if isinstance(each, argparse._SubParsersAction)]
+    return tuple(commands.choices)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     warnings.showwarning = _show_warning
     try:
-        if words and (command := find_command(words[0])) is not None:
+        parser = build_parser()
+        if words and (command := find_command(words[0], own_commands(parser))) is not None:
             return command(words[1:])
-        arguments = build_parser().parse_args(words)
+        arguments = parser.parse_args(words)
         code = arguments.run(arguments)
         sys.stdout.flush()
     except AptError as error:
-        return _fail(str(error), error.exit_code)
+        return _fail("\n".join((str(error), *getattr(error, "__notes__", ()))), error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except BrokenPipeError:
@@ -95,4 +102,4 @@ def _show_warning(
     print(f"warning: {message}", file=sys.stderr)
 
 
-__all__ = ["build_parser", "main"]
+__all__ = ["build_parser", "main", "own_commands"]

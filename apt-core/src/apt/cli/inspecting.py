@@ -113,15 +113,18 @@ def _providers(arguments: argparse.Namespace) -> int:
 
 def _state(record: ProviderRecord, claims: int, broken: dict[str, str]) -> str:
     """What is known of one claim, in words."""
+    from apt.core.loading import check_distribution
     from apt.core.registry import registry
-    from apt.core.requirements import check_record
+    from apt.errors import ProviderError
 
     if record.disabled:
         return f"disabled: {record.disabled}"
     if claims > 1:
         return "broken: its name is claimed by more than one distribution"
-    if missing := check_record(record):
-        return f"broken: {'; '.join(map(str, missing))}"
+    try:
+        check_distribution(record)
+    except ProviderError as error:
+        return f"broken: {str(error).removeprefix(f'{record} ')}"
     if record.key in broken:
         return f"broken: {broken[record.key]}"
     return "loaded" if registry.get_info(record.kind, record.name)["loaded"] else "not loaded"
@@ -302,10 +305,19 @@ def _course(entry: Ramp | Piecewise) -> str:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from apt.cli import build_parser, own_commands
     from apt.core.doctor import diagnose
 
     print("trying each package in a process of its own ...", file=sys.stderr, flush=True)
     diagnosis = diagnose(time_limit=arguments.time_limit)
+    own = {f"command.{name}" for name in own_commands(build_parser())}
+    taken = "apt-core has a command of this name, so this one cannot be called; give it another name"
+    findings = [
+        replace(found, level="fault", what=taken) if found.subject in own else found for found in diagnosis.findings
+    ]
+    diagnosis = replace(diagnosis, findings=tuple(findings))
     print("\n".join(f"{name}: {value}" for name, value in diagnosis.environment.items()) + "\n")
     colours = {"ok": "ok", "warning": "warning", "fault": "FAULT"}
     print_table(

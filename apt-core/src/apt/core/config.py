@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from apt.core.hardware import HardwareProfile
+from apt.core.options import explain, mistyped
 from apt.core.sections import Choice, Data, Debug, Evaluation, Hardware, Monitoring, Section, Training
 from apt.errors import Fault, ProfileError, nearest
 
@@ -29,12 +30,23 @@ OF_AUTOPOIETIC = ("epsilon", "alpha", "beta", "sr_ratio", "init_tau")
 """Those of them that are options of the attention provider `autopoietic` today."""
 
 
+def _name(name: str) -> str:
+    """A name that a folder may have anywhere."""
+    if not name.strip() or name.startswith(".") or len(name) > 100 or set(name) & set("/\\\n\t\0"):
+        raise ValueError(
+            "must be a name for a folder: 1 to 100 characters, none of them a slash, no dot at its beginning"
+        )
+    return name
+
+
 class APTConfig(BaseModel):
     """A model and its run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    name: str = "unnamed"
+    name: Annotated[str, AfterValidator(_name)] = Field(
+        default="unnamed", description="what the run, and its folder, is called"
+    )
     version: str = "1"
     description: str = ""
 
@@ -133,18 +145,16 @@ class APTConfig(BaseModel):
             known["extra"] = {**extra, **unknown}
         if known.get("attention_name") == "autopoietic" and "options" not in known:
             known["options"] = {"attention": {key: known[key] for key in OF_AUTOPOIETIC if key in known}}
+        faults = mistyped(cls, known)
         try:
-            return cls.model_validate(known)
+            config = cls.model_validate(known)
         except ValidationError as error:
-            faults = [
-                Fault(
-                    f"{name}: {'.'.join(map(str, each['loc']))}",
-                    f"{each['input']!r} is not allowed",
-                    each["msg"][:1].lower() + each["msg"][1:],
-                )
-                for each in error.errors(include_url=False)
+            faults += [
+                fault for fault in explain(error, cls, known) if fault.where not in {each.where for each in faults}
             ]
-            raise ProfileError(faults) from error
+        if faults:
+            raise ProfileError([Fault(f"{name}: {fault.where}", fault.what, fault.hint) for fault in faults])
+        return config
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` into a folder, which is made where it is missing."""
@@ -157,10 +167,10 @@ class APTConfig(BaseModel):
         """The ``config.json`` of a folder. Raises `ProfileError` where it is missing or wrong."""
         path = Path(folder) / CONFIG_FILE
         try:
-            values = json.loads(path.read_text())
+            values = json.loads(path.read_text("utf-8"))
         except OSError as error:
             raise ProfileError([Fault(str(path), f"cannot be read: {error.strerror}")]) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ProfileError([Fault(str(path), f"is not JSON: {error}")]) from error
         if not isinstance(values, dict):
             raise ProfileError([Fault(str(path), f"holds a {type(values).__name__}, not an object")])

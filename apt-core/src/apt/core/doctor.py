@@ -27,7 +27,7 @@ from apt.core.hooks import HookRunner
 from apt.core.provider import Provider
 from apt.core.providers import Plugin
 from apt.core.registry import Registry
-from apt.core.requirements import check_record
+from apt.core.requirements import InvalidRequirement, check_record
 from apt.errors import AptError, OptionsError, RequirementError, UserError
 
 Level = Literal["ok", "warning", "fault"]
@@ -199,6 +199,10 @@ def _examine(registry: Registry, kind: str, name: str) -> tuple[Level, str]:
         provider = registry.get(kind, name, fallback=False)
         _check_hooks(name, provider)
     except OptionsError as error:
+        try:
+            _check_hooks(name, registry.load(kind, name).model_construct())
+        except AptError as found:
+            return "fault", str(found)
         wanting = [fault for fault in error.faults if fault.what != "must be given"]
         return (
             ("warning", "; ".join(f"its defaults are refused: {fault}" for fault in wanting)) if wanting else ("ok", "")
@@ -215,7 +219,10 @@ def _examine(registry: Registry, kind: str, name: str) -> tuple[Level, str]:
 def _lacks_own_requirement(registry: Registry, kind: str, name: str) -> bool:
     """Whether its distribution was installed without what it requires; extras and further dependencies are optional."""
     record = next(record for record in registry.records(kind) if record.name == name and not record.disabled)
-    return bool(check_record(replace(record, extras=())))
+    try:
+        return bool(check_record(replace(record, extras=())))
+    except InvalidRequirement:
+        return True
 
 
 def _check_hooks(name: str, provider: Provider) -> None:

@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 import pluggy
@@ -65,6 +66,9 @@ class HookRunner:
         saved: dict[str, Mapping[str, object]] = {}
         for name in self.plugins:
             for result in self._only(name, "apt_checkpoint_save")(state=state):
+                if not isinstance(result, Mapping):
+                    what = f"apt_checkpoint_save returned a {type(result).__name__}, not a mapping"
+                    raise PluginError(f"{_origin(name, self.plugins[name])}: {what}")
                 saved[name] = {**saved.get(name, {}), **result}
         return saved
 
@@ -80,8 +84,7 @@ class HookRunner:
 
     def _guarded(self, name: str, plugin: Plugin) -> object:
         """An object with the plugin's hooks, whose errors say where they come from."""
-        record = record_of(plugin)
-        origin = f"plugin {name!r} ({record.distribution} {record.version})"
+        origin = _origin(name, plugin)
         guarded = _Guarded()
         for attribute in dir(type(plugin)):
             function = inspect.getattr_static(type(plugin), attribute)
@@ -91,23 +94,38 @@ class HookRunner:
                     raise PluginError(f"{origin}: {attribute} is not marked; put @hookimpl above it")
                 continue
             hook = options.get("specname") or attribute
-            self._check(origin, hook, function)
-            guard = _Guard(name, origin, hook, getattr(plugin, attribute), self._trace)
+            if hook not in SPECIFIED and options.get("optionalhook"):
+                continue  # of another version of apt-core
+            bound = getattr(plugin, attribute)
+            check_hook(origin, hook, bound, options)
+            guard = _Guard(name, origin, hook, bound, self._trace)
             wrapped = guard.around() if options.get("wrapper") else guard.call()
             setattr(wrapped, MARK, options)
             setattr(guarded, attribute, wrapped)
         return guarded
 
-    def _check(self, origin: str, hook: str, function: Callable[..., object]) -> None:
-        if hook not in SPECIFIED:
-            hint = nearest(hook, SPECIFIED) or "apt/hookspecs.py lists them"
-            raise PluginError(f"{origin}: there is no hook {hook!r}; {hint}")
-        known = [each for each in SPECIFIED[hook].parameters if each != "self"]
-        for argument in list(inspect.signature(function).parameters)[1:]:
-            if argument not in known:
-                hint = nearest(argument, known)
-                parts = [f"{origin}: the hook {hook} has no argument {argument!r}", hint, f"it has: {', '.join(known)}"]
-                raise PluginError("; ".join(filter(None, parts)))
+
+def _origin(name: str, plugin: Plugin) -> str:
+    record = record_of(plugin)
+    return f"plugin {name!r} ({record.distribution} {record.version})"
+
+
+def check_hook(origin: str, hook: str, bound: Callable[..., object], options: Mapping[str, object]) -> None:
+    """Hold one hook of a plugin against its specification. Raises `PluginError`."""
+    if hook not in SPECIFIED:
+        hint = nearest(hook, SPECIFIED) or "apt/hookspecs.py lists them"
+        raise PluginError(f"{origin}: there is no hook {hook!r}; {hint}")
+    known = [each for each in SPECIFIED[hook].parameters if each != "self"]
+    for argument in inspect.signature(bound).parameters:
+        if argument not in known:
+            hint = nearest(argument, known)
+            parts = [f"{origin}: the hook {hook} has no argument {argument!r}", hint, f"it has: {', '.join(known)}"]
+            raise PluginError("; ".join(filter(None, parts)))
+    if options.get("hookwrapper"):
+        raise PluginError(f"{origin}: {hook} is a wrapper of pluggy's old kind; mark it @hookimpl(wrapper=True)")
+    if bool(options.get("wrapper")) != inspect.isgeneratorfunction(bound):
+        what = "is marked as a wrapper, but does not yield" if options.get("wrapper") else "yields, but is no wrapper"
+        raise PluginError(f"{origin}: {hook} {what}; a wrapper is marked @hookimpl(wrapper=True) and yields once")
 
 
 class _Guarded:
@@ -132,17 +150,8 @@ class _Guard:
             arguments = dict(zip(self.given, values, strict=True))
             if self._is_off(arguments):
                 return None
-            start = time.perf_counter()
-            try:
+            with self._watched(arguments):
                 return self.bound(*(arguments[name] for name in self.wanted))
-            except UserError as error:
-                error.add_note(self.note)
-                raise
-            except Exception as error:
-                raise self._failure(arguments, error) from error
-            finally:
-                if self.trace:
-                    logger.warning("%s %s took %.3f ms", self.origin, self.hook, 1000 * (time.perf_counter() - start))
 
         return self._named(call, "return run({})")
 
@@ -154,30 +163,22 @@ class _Guard:
             if self._is_off(arguments):
                 return (yield)
             generator = cast("Generator[object, object, object]", self.bound(*(arguments[n] for n in self.wanted)))
-            try:
+            with self._watched(arguments, " before the others"):
                 next(generator)
-            except UserError as error:
-                error.add_note(self.note)
-                raise
-            except Exception as error:
-                raise self._failure(arguments, error) from error
             try:
                 result = yield
             except BaseException as inner:
+                with self._watched(arguments, " after an error of theirs", passed=inner):
+                    try:
+                        generator.throw(inner)
+                    except StopIteration as stop:
+                        return stop.value
+                raise
+            with self._watched(arguments, " after the others"):
                 try:
-                    generator.throw(inner)
+                    generator.send(result)
                 except StopIteration as stop:
                     return stop.value
-                raise
-            try:
-                generator.send(result)
-            except StopIteration as stop:
-                return stop.value
-            except UserError as error:
-                error.add_note(self.note)
-                raise
-            except Exception as error:
-                raise self._failure(arguments, error) from error
             raise PluginError(f"{self.origin}: the wrapper {self.hook} yields more than once")
 
         return self._named(around, "return (yield from run({}))")
@@ -189,11 +190,32 @@ class _Guard:
         exec(f"def {self.hook}({arguments}):\n    {body.format(arguments)}", namespace)
         return namespace[self.hook]
 
+    @contextmanager
+    def _watched(
+        self, arguments: Mapping[str, object], part: str = "", passed: BaseException | None = None
+    ) -> Generator[None]:
+        """Name the plugin in what goes wrong, but for the error `passed`, which is another's; log the time if asked to."""
+        start = time.perf_counter()
+        try:
+            yield
+        except UserError as error:
+            if error is not passed:
+                error.add_note(self.note)
+            raise
+        except (Exception, SystemExit) as error:
+            if error is passed:
+                raise
+            raise self._failure(arguments, error) from error
+        finally:
+            if self.trace:
+                milliseconds = 1000 * (time.perf_counter() - start)
+                logger.warning("%s %s%s took %.3f ms", self.origin, self.hook, part, milliseconds)
+
     def _is_off(self, arguments: Mapping[str, object]) -> bool:
         state = arguments.get("state")
         return self.hook in WHILE_ON and isinstance(state, RunState) and self.plugin not in state.plugins_on
 
-    def _failure(self, arguments: Mapping[str, object], error: Exception) -> PluginError:
+    def _failure(self, arguments: Mapping[str, object], error: BaseException) -> PluginError:
         state = arguments.get("state")
         at = f" at step {state.step}" if isinstance(state, RunState) else ""
         return PluginError(f"{self.origin} failed in {self.hook}{at}: {type(error).__name__}: {error}")

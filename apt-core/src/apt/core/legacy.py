@@ -13,21 +13,44 @@ from apt.errors import Fault
 KINDS = ("attention", "ffn", "align", "retrieval")
 SECTIONS = {"tva": "attention", "bistate": "align"}
 _TO_ROUTER = ("top_k", "balance_loss")
+_ENABLED, _OLD_MOE = "moe.enabled", "moe"
+"""What `translate` leaves in `ffn` of ``model.moe``, for `settle`; no option of a provider is called so."""
 
 
-def translate(source: Source, plugins: object) -> tuple[Source, list[str], list[Fault]]:
-    """The source in today's form, one note for each old key, and the contradictions that were found on the way.
-
-    `plugins` is what the whole profile lists, which may stand in another file of its chain or on the command line.
-    """
-    translation = _Translation(source, plugins)
+def translate(source: Source) -> tuple[Source, list[str], list[Fault]]:
+    """The source in today's form, one note for each old key, and the contradictions that were found on the way."""
+    translation = _Translation(source)
     translation.run()
     return Source(translation.values, translation.origins), translation.notes, translation.faults
 
 
+def settle(values: dict[str, Value], plugins: object) -> list[Fault]:
+    """Settle, when all files of a profile are merged, whether ``model.moe`` is on; the contradictions with `plugins`.
+
+    `values` are changed. `plugins` is what the whole profile lists.
+    """
+    model = values.get("model")
+    ffn = model.get("ffn") if isinstance(model, dict) else None
+    if not (isinstance(model, dict) and isinstance(ffn, dict) and _OLD_MOE in ffn):
+        return []
+    model["ffn"] = ffn = dict(ffn)
+    del ffn[_OLD_MOE]
+    enabled = ffn.pop(_ENABLED, True)
+    listed = isinstance(plugins, list | tuple) and any(
+        entry == "moe" or (isinstance(entry, dict) and "moe" in entry) for entry in plugins
+    )
+    where, what = "model.moe.enabled", "the profile does not list the plugin 'moe'"
+    if not isinstance(enabled, bool):
+        return [Fault(where, f"{enabled!r} is not allowed", "input should be true or false")]
+    if not enabled:
+        model["ffn"] = {"provider": "default"}
+        what = "false contradicts the plugin 'moe', which the profile lists"
+        return [Fault(where, what, "keep one of the two")] if listed else []
+    return [] if listed else [Fault(where, what, "add it to plugins, or say enabled: false")]
+
+
 class _Translation:
-    def __init__(self, source: Source, plugins: object) -> None:
-        self.plugins = plugins if isinstance(plugins, list | tuple) else ()
+    def __init__(self, source: Source) -> None:
         self.values: dict[str, Value] = dict(source.values)
         self.origins = dict(source.origins)
         self.notes: list[str] = []
@@ -80,21 +103,16 @@ class _Translation:
             return
         assert isinstance(options, dict)
         options = dict(options)
-        enabled = options.pop("enabled", True)
-        listed = any(entry == "moe" or (isinstance(entry, dict) and "moe" in entry) for entry in self.plugins)
         self.notes.append("model.moe is now model.ffn with provider: moe, and its router model.ffn.router")
-        if not enabled:
-            if listed:
-                self._contradiction("model.moe.enabled", "false contradicts the plugin 'moe', which the profile lists")
-            return
-        if not listed:
-            self._contradiction("model.moe.enabled", "the profile does not list the plugin 'moe'", "add it to plugins")
         choice = self._choice("ffn", "moe")
         if choice is None:
             return
         if choice.setdefault("provider", "moe") != "moe":
             self._contradiction("model.moe", f"contradicts model.ffn.provider: {choice['provider']!r}")
         self._move(("model", "moe"), ("model", "ffn", "provider"))
+        choice[_OLD_MOE] = True
+        if "enabled" in options:
+            choice[_ENABLED] = options.pop("enabled")
         router = choice.get("router")
         router = dict(router) if isinstance(router, dict) else {"provider": router} if router else {}
         for key, value in options.items():

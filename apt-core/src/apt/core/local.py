@@ -23,7 +23,7 @@ from urllib.parse import quote
 from apt.core.discovery import FILE, ProviderRecord
 from apt.errors import ProviderBrokenError, ProviderDisabledError, ProviderNotFoundError
 
-_LOCAL = re.compile(r"(?P<file>.*\.py):(?P<attribute>[A-Za-z_]\w*)")
+_LOCAL = re.compile(r"(?P<file>[^\0\n]*\.py):(?P<attribute>[A-Za-z_]\w*)")
 _CODE = "__apt_code__"
 HOW = "give the profile on the command line from the folder that holds the file, or add --allow-local-code"
 

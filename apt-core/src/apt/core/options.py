@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import UnionType
 from typing import Annotated, Literal, Union, get_args, get_origin
 
@@ -18,23 +18,56 @@ from apt.errors import Fault, OptionsError, nearest
 PROVIDER_FAULT = "provider"
 """The type of the pydantic error that stands for a nested provider which cannot be had."""
 
-
+Loc = tuple[int | str, ...]
 _PLAIN: frozenset[object] = frozenset({int, float, bool, type(None)})
 
 
-def explain(error: ValidationError, model: type[BaseModel]) -> list[Fault]:
-    """The faults of options; `where` is the dotted path below the provider, empty for the options as a whole."""
+def explain(error: ValidationError, model: type[BaseModel], given: object) -> list[Fault]:
+    """The faults of the options `given`; `where` is the dotted path below the provider, empty for them as a whole."""
     faults: list[Fault] = []
-    for detail in error.errors(include_url=False):
-        where = ".".join(str(part) for part in detail["loc"])
-        cause = detail.get("ctx", {}).get("error")
-        if detail["type"] == PROVIDER_FAULT and isinstance(cause, OptionsError):
+    for path, details in _grouped(error, given).items():
+        where = ".".join(map(str, path))
+        cause = details[0].get("ctx", {}).get("error")
+        if details[0]["type"] == PROVIDER_FAULT and isinstance(cause, OptionsError):
             faults += [below(where, fault) for fault in relative(cause)]
-        elif detail["type"] == PROVIDER_FAULT:
-            faults.append(Fault(join(where, "provider"), str(cause) if cause else detail["msg"]))
+        elif details[0]["type"] == PROVIDER_FAULT:
+            faults.append(Fault(join(where, "provider"), str(cause) if cause else details[0]["msg"]))
         else:
-            faults.append(_fault(where, detail, model))
+            faults.append(_fault(path, details, model))
     return faults
+
+
+def _grouped(error: ValidationError, given: object) -> dict[Loc, list[ErrorDetails]]:
+    """What pydantic says of each place in `given`; it speaks of every member of a union by itself."""
+    found: dict[Loc, list[ErrorDetails]] = {}
+    for detail in error.errors(include_url=False):
+        found.setdefault(_path_in(given, detail), []).append(detail)
+    # Where one member of a union got further into the value than the others, it is the one that was meant.
+    return {
+        path: details
+        for path, details in found.items()
+        if not any(len(other) > len(path) and other[: len(path)] == path for other in found)
+    }
+
+
+def _path_in(given: object, detail: ErrorDetails) -> Loc:
+    """The part of a location that names something in `given`; the rest are tags of unions."""
+    path: list[int | str] = []
+    *before, last = detail["loc"] or ("",)
+    for part in before:
+        held = given.get(part) if isinstance(given, Mapping) else None
+        if isinstance(given, list | tuple) and isinstance(part, int) and part < len(given):
+            held = given[part]
+        if held is not None:
+            path.append(part)
+            given = held
+    if last != "" and (
+        detail["type"] == "missing"
+        or (isinstance(given, Mapping) and last in given)
+        or (isinstance(given, list | tuple) and isinstance(last, int))
+    ):
+        path.append(last)
+    return tuple(path)
 
 
 def mistyped(model: type[BaseModel], options: Mapping[str, object]) -> list[Fault]:
@@ -42,35 +75,45 @@ def mistyped(model: type[BaseModel], options: Mapping[str, object]) -> list[Faul
     faults: list[Fault] = []
     for name, field in model.model_fields.items():
         if name in options:
-            faults += _mistyped(name, set(_leaves(field.annotation)), options[name])
+            faults += _mistyped(name, set(leaves(field.annotation)), options[name])
     return faults
 
 
-def _mistyped(where: str, leaves: set[object], value: object) -> list[Fault]:
+def _mistyped(where: str, wanted: set[object], value: object) -> list[Fault]:
     if isinstance(value, list | tuple):
-        inner = {each for leaf in leaves for argument in get_args(leaf) for each in _leaves(argument)}
+        inner = {each for leaf in wanted for argument in get_args(leaf) for each in leaves(argument)}
         return [fault for i, each in enumerate(value) if inner for fault in _mistyped(f"{where}.{i}", inner, each)]
+    if isinstance(value, Mapping):
+        models = [leaf for leaf in wanted if isinstance(leaf, type) and issubclass(leaf, BaseModel)]
+        if len(models) == 1 and not issubclass(models[0], Provider):
+            return [below(where, fault) for fault in mistyped(models[0], value)]
+        held = [
+            get_args(leaf)[1] for leaf in wanted if get_origin(leaf) in (dict, Mapping) and len(get_args(leaf)) == 2
+        ]
+        inner = {each for argument in held for each in leaves(argument)}
+        return [fault for key, each in value.items() if inner for fault in _mistyped(f"{where}.{key}", inner, each)]
     if isinstance(value, bool):
-        wrong, wanted = bool not in leaves and bool(leaves & {int, float}), _number(leaves)
+        wrong, right = bool not in wanted and bool(wanted & {int, float}), _number(wanted)
     elif isinstance(value, str):
-        wrong, wanted = leaves <= _PLAIN, "true or false" if bool in leaves else _number(leaves)
+        wrong, right = wanted <= _PLAIN, "true or false" if bool in wanted else _number(wanted)
     else:
-        wrong, wanted = isinstance(value, int | float) and leaves <= _PLAIN - {int, float}, "true or false"
-    return [Fault(where, f"{reprlib.repr(value)} is not allowed", f"input should be {wanted}")] if wrong else []
+        wrong, right = isinstance(value, int | float) and wanted <= _PLAIN - {int, float}, "true or false"
+    right += " or null" if type(None) in wanted else ""
+    return [Fault(where, f"{reprlib.repr(value)} is not allowed", f"input should be {right}")] if wrong else []
 
 
-def _number(leaves: set[object]) -> str:
-    return "a number" if float in leaves else "a whole number"
+def _number(wanted: set[object]) -> str:
+    return "a number" if float in wanted else "a whole number"
 
 
-def _leaves(annotation: object) -> Iterator[object]:
+def leaves(annotation: object) -> Iterator[object]:
     """The members of a union, metadata taken off."""
     origin = get_origin(annotation)
     if origin is Annotated:
-        yield from _leaves(get_args(annotation)[0])
+        yield from leaves(get_args(annotation)[0])
     elif origin in (Union, UnionType):
         for member in get_args(annotation):
-            yield from _leaves(member)
+            yield from leaves(member)
     elif origin is Literal:
         yield from (type(value) for value in get_args(annotation))
         yield annotation
@@ -114,37 +157,34 @@ def _plain(value: object) -> object:
     return repr(value)
 
 
-def _fault(where: str, detail: ErrorDetails, model: type[BaseModel]) -> Fault:
-    if detail["type"] == "extra_forbidden":
-        known = _options(model, detail["loc"][:-1])
-        hint = " ".join(
-            filter(None, (nearest(str(detail["loc"][-1]), known), f"options: {', '.join(known) or 'none'}"))
-        )
+def _fault(path: Loc, details: Sequence[ErrorDetails], model: type[BaseModel]) -> Fault:
+    where, (first, *others) = ".".join(map(str, path)), details
+    kind, message = first["type"], first["msg"]
+    if kind == "extra_forbidden":
+        known = _options(model, path[:-1])
+        hint = " ".join(filter(None, (nearest(str(path[-1]), known), f"options: {', '.join(known) or 'none'}")))
         return Fault(where, "no such option", hint)
-    return Fault(where, *reword(detail))
-
-
-def reword(detail: ErrorDetails) -> tuple[str, str]:
-    """What is wrong with a value, and what would be right, from what pydantic says of it."""
-    kind, message = detail["type"], detail["msg"]
     if kind == "missing":
-        return "must be given", ""
+        return Fault(where, "must be given")
     if kind in ("value_error", "assertion_error"):
-        return message.partition(", ")[2] or message, ""
-    hint = message[:1].lower() + message[1:]
-    if kind == "literal_error" and isinstance(detail["input"], str):
-        near = nearest(detail["input"], re.findall("'([^']*)'", str(detail["ctx"]["expected"])))
+        return Fault(where, message.partition(", ")[2] or message)
+    hints = list(dict.fromkeys(each["msg"][:1].lower() + each["msg"][1:] for each in (first, *others)))
+    hint = ", or ".join((*hints[:1], *(each.removeprefix("input should be ") for each in hints[1:])))
+    if kind == "literal_error" and isinstance(first["input"], str):
+        near = nearest(first["input"], re.findall("'([^']*)'", str(first["ctx"]["expected"])))
         hint = " ".join(filter(None, (near, hint)))
-    return f"{reprlib.repr(detail['input'])} is not allowed", hint
+    return Fault(where, f"{reprlib.repr(first['input'])} is not allowed", hint)
 
 
 def _options(model: type[BaseModel], path: Iterable[int | str]) -> list[str]:
     """The names of the options of the model at `path` below `model`."""
     for part in path:
-        field = model.model_fields.get(str(part))
-        leaves = [] if field is None else list(_leaves(field.annotation))
-        inner = [each for each in leaves if isinstance(each, type) and issubclass(each, BaseModel)]
-        if len(inner) != 1:
+        if isinstance(part, int):
+            continue  # in a list of models
+        field = model.model_fields.get(part)
+        held = [] if field is None else [each for leaf in leaves(field.annotation) for each in (leaf, *get_args(leaf))]
+        models = [each for each in held if isinstance(each, type) and issubclass(each, BaseModel)]
+        if not models:
             return []
-        model = inner[0]
+        model = models[0]
     return [field.alias or name for name, field in model.model_fields.items()]

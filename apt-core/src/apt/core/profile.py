@@ -1,7 +1,7 @@
 """Profiles: a YAML document, what it inherits, and the command line become one `APTConfig`, and every value keeps its origin.
 
-The way: read the file and its chain of `base`; translate old keys; merge; apply ``--set`` and ``--plugins``; validate
-the values; resolve the providers. All faults are reported together, each with the place where the value was said.
+The way: read the document (`apt.core.document`); validate the values; resolve the providers. All faults are reported
+together, each with the place where the value was said.
 """
 
 from __future__ import annotations
@@ -11,55 +11,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from apt.core import yaml
-from apt.core.config import (
-    PREDECESSOR,
-    APTConfig,
-    Choice,
-    Data,
-    Debug,
-    Evaluation,
-    Hardware,
-    Monitoring,
-    Section,
-    Training,
-)
-from apt.core.legacy import KINDS, translate
+from apt.core.config import PREDECESSOR, APTConfig, Choice, Data
+from apt.core.document import read_document
+from apt.core.layout import MODEL, RENAMED, SECTIONS, TOP, document_path
+from apt.core.legacy import KINDS
 from apt.core.local import LocalCode
-from apt.core.options import below, mistyped, reword
+from apt.core.options import explain, mistyped
 from apt.core.registry import Registry
 from apt.core.registry import registry as installed
 from apt.core.resolve import Resolved, resolve_config
-from apt.core.yaml import Key, Origin, Source, Value
+from apt.core.yaml import Origin, Value
 from apt.errors import Fault, ProfileError, ProviderError, nearest
 
-RENAMED = {
-    "learning_rate": "base_lr",
-    "warmup_steps": "warmup_steps",
-    "weight_decay": "weight_decay",
-    "gradient_clip": "gradient_clip",
-}
-"""Keys of `training` that are fields of `APTConfig` itself."""
-SECTIONS: dict[str, type[Section]] = {
-    "training": Training,
-    "evaluation": Evaluation,
-    "monitoring": Monitoring,
-    "hardware": Hardware,
-    "debug": Debug,
-}
-TOP = ("name", "version", "description", "schedules", "extra")
-_NOT_OF_THE_MODEL = {*TOP, *SECTIONS, *RENAMED.values(), "plugins", "data", "options", "fallback"}
-MODEL = tuple(
-    name
-    for name in APTConfig.model_fields
-    if name not in _NOT_OF_THE_MODEL and name not in {f"{kind}_name" for kind in KINDS}
-)
-"""Keys of `model` that are fields of `APTConfig`."""
-
 OLD = ("router_name", *PREDECESSOR)
-"""Those of `MODEL` that stand in the canonical form only where they say something."""
+"""Keys of `model` that stand in the canonical form only where they say something."""
 
 
 @dataclass(frozen=True)
@@ -96,15 +64,13 @@ def load_profile(
     `allow_local_code` lets any file run.
     """
     path = Path(path)
-    files: list[Path] = []
-    merged, notes, faults = _inherit(_chain(path, files), plugins)
-    _change(merged, sets, plugins)
-    faults += _unknown_keys(merged.values)
-    flat, more = _flatten(merged.values)
-    faults += more
     registry = installed if registry is None else registry
     registry.allow_local_code(LocalCode(path.parent, anywhere=allow_local_code))
-    config, more, whole = _validate(flat, merged.values, registry)
+    document = read_document(path, sets, plugins, registry)
+    faults = [*document.faults, *_unknown_keys(document.values)]
+    flat, more = _flatten(document.values)
+    faults += more
+    config, more, whole = _validate(flat, document.values, registry)
     faults += more
     resolved: Resolved | None = None
     if whole:
@@ -114,10 +80,9 @@ def load_profile(
             resolved = resolve_config(config, registry, whole=whole)
         except ProfileError as error:
             faults += error.faults
-    origins = {_dotted(key): origin for key, origin in merged.origins.items()}
     if faults:
-        raise ProfileError([_placed(fault, origins, str(path)) for fault in dict.fromkeys(faults)])
-    return Profile(config, merged.values, origins, tuple(dict.fromkeys(notes)), resolved, tuple(files))
+        raise ProfileError([_placed(fault, document.origins, str(path)) for fault in dict.fromkeys(faults)])
+    return Profile(config, document.values, document.origins, document.notes, resolved, document.files)
 
 
 def to_profile(config: APTConfig) -> dict[str, Value]:
@@ -178,83 +143,6 @@ def read_resolved(path: Path, registry: Registry | None = None, allow_local_code
     profile = load_profile(path, registry=used, resolve=False, allow_local_code=allow_local_code)
     used.allow_local_code(LocalCode(path.parent, anywhere=True) if allow_local_code else None)
     return profile
-
-
-def _chain(path: Path, files: list[Path]) -> list[Source]:
-    """The file and what it inherits from, nearest first."""
-    real = path.resolve()
-    if real in files:
-        chain = " -> ".join(each.name for each in (*files, real))
-        raise ProfileError([Fault(str(path), f"inherits from itself: {chain}")])
-    files.append(real)
-    source = yaml.read_file(path)
-    base = source.values.pop("base", None)
-    if base is None:
-        return [source]
-    if not isinstance(base, str):
-        raise ProfileError([Fault(f"{source.origins[('base',)]}: base", f"{base!r} is not the path of a profile")])
-    return [source, *_chain(path.parent / base, files)]
-
-
-def _inherit(chain: list[Source], plugins: Sequence[str] | None) -> tuple[Source, list[str], list[Fault]]:
-    """The files of a chain, each translated, from the last base up."""
-    listed = plugins if plugins is not None else next((s.values["plugins"] for s in chain if "plugins" in s.values), [])
-    merged, notes, faults = Source({}, {}), [], []
-    for source in reversed(chain):
-        translated, more, others = translate(source, listed)
-        merged = Source(*_merge(merged, translated))
-        notes += more
-        faults += others
-    return merged, notes, faults
-
-
-def _merge(below: Source, above: Source) -> tuple[dict[str, Value], dict[Key, Origin]]:
-    origins = dict(below.origins)
-
-    def merge(low: dict[str, Value], high: dict[str, Value], path: Key) -> dict[str, Value]:
-        result = dict(low)
-        # Options belong to their provider: another provider starts with none.
-        if "provider" in high and high["provider"] != low.get("provider", high["provider"]):
-            result = {}
-        for key, value in high.items():
-            here, old = (*path, key), result.get(key)
-            if isinstance(old, dict) and isinstance(value, dict):
-                result[key] = merge(old, value, here)
-            else:
-                result[key] = value
-        return result
-
-    values = merge(below.values, above.values, ())
-    origins.update(above.origins)
-    return values, origins
-
-
-def _change(source: Source, sets: Sequence[str], plugins: Sequence[str] | None) -> None:
-    """Apply the command line."""
-    for text in sets:
-        path, equals, value = text.partition("=")
-        keys = [key for key in path.strip().split(".") if key]
-        if not equals or not keys:
-            raise ProfileError([Fault(f"--set {text}", "is not of the form a.b=value")])
-        where: dict[str, Value] = source.values
-        for key in keys[:-1]:
-            inner = where.get(key)
-            if isinstance(inner, str) and (key in KINDS or key in ("router", "expert", "tokenizer")):
-                inner = {"provider": inner}
-            if inner is None:
-                inner = {}
-            if not isinstance(inner, dict):
-                raise ProfileError([Fault(f"--set {text}", f"{key} is {inner!r}, which holds no {keys[-1]}")])
-            where[key] = inner = dict(inner)
-            where = inner
-        parsed = yaml.parse_value(value)
-        if keys[-1] == "provider" and where.get("provider") not in (None, parsed):
-            where.clear()
-        where[keys[-1]] = parsed
-        source.origins[tuple(keys)] = Origin(f"--set {text}")
-    if plugins is not None:
-        source.values["plugins"] = list(plugins)
-        source.origins[("plugins",)] = Origin("--plugins")
 
 
 def _unknown_keys(values: Mapping[str, Value]) -> list[Fault]:
@@ -355,7 +243,9 @@ def _plugins(value: Value) -> tuple[dict[str, Value], list[Fault]]:
         for name, options in pairs:
             if name in plugins:
                 faults.append(Fault(f"plugins.{index}", f"{name!r} is listed twice"))
-            plugins[name] = options
+            if not isinstance(options, dict):
+                faults.append(Fault(f"plugins.{index}.{name}", f"{options!r} is not a mapping of options"))
+            plugins[name] = options if isinstance(options, dict) else {}
     return plugins, faults
 
 
@@ -368,18 +258,18 @@ def _validate(
     flat: dict[str, object], values: Mapping[str, Value], registry: Registry
 ) -> tuple[APTConfig, list[Fault], bool]:
     """The configuration without those of its values that are refused, their faults, and whether it is whole."""
-    flat, faults = dict(flat), _mistyped(flat)
-    for fault in faults:
-        _remove(flat, fault.where.split("."))
-    found = [Fault(_document_path(fault.where.split(".")), fault.what, fault.hint) for fault in faults]
+    found = mistyped(APTConfig, flat)
+    for fault in found:
+        flat = _without(flat, fault.where.split("."))
     while True:
         try:
             config = APTConfig.model_validate(flat)
             break
         except ValidationError as error:
+            found += explain(error, APTConfig, flat)
             for detail in error.errors(include_url=False):
-                found.append(Fault(_document_path(detail["loc"]), *reword(detail)))
-                _remove(flat, detail["loc"])
+                flat = _without(flat, detail["loc"])
+    found = [Fault(document_path(fault.where.split(".")), fault.what, fault.hint) for fault in found]
     if "vocab_size" not in _mapping(values, "model"):
         try:
             tokenizer = registry.resolve("tokenizer", config.data.tokenizer).provider
@@ -389,26 +279,13 @@ def _validate(
     return config, found, not found
 
 
-def _mistyped(flat: Mapping[str, object]) -> list[Fault]:
-    """Values that pydantic would quietly turn into another type, by their path in `APTConfig`."""
-    faults = mistyped(APTConfig, flat)
-    sections: dict[str, type[BaseModel]] = {**SECTIONS, "data": Data}
-    for name, section in sections.items():
-        inner = flat.get(name)
-        if isinstance(inner, Mapping):
-            faults += [below(name, fault) for fault in mistyped(section, inner)]
-    return faults
-
-
-def _remove(flat: dict[str, object], path: Sequence[int | str]) -> None:
-    """Take out what stands at `path`, or the nearest thing around it."""
-    first, *rest = path
-    inner = flat.get(str(first))
+def _without(flat: Mapping[str, object], path: Sequence[int | str]) -> dict[str, object]:
+    """Without what stands at `path`, or the nearest thing around it."""
+    first, *rest = map(str, path)
+    inner = flat.get(first)
     if rest and isinstance(inner, dict) and rest[0] in inner:
-        flat[str(first)] = inner = dict(inner)
-        _remove(inner, rest)
-    else:
-        flat.pop(str(first), None)
+        return {**flat, first: _without(inner, rest)}
+    return {key: value for key, value in flat.items() if key != first}
 
 
 def _across_fields(config: APTConfig) -> list[Fault]:
@@ -437,30 +314,13 @@ def _across_fields(config: APTConfig) -> list[Fault]:
     return faults
 
 
-def _document_path(loc: Sequence[int | str]) -> str:
-    """Where a field of `APTConfig` stands in a profile."""
-    first, *rest = (str(part) for part in loc)
-    backwards = {new: f"training.{old}" for old, new in RENAMED.items()}
-    if first in backwards:
-        first = backwards[first]
-    elif first in MODEL:
-        first = f"model.{first}"
-    elif first.endswith("_name"):
-        first = f"model.{first.removesuffix('_name')}.provider"
-    elif first in ("options", "fallback"):
-        first = "model"
-    return ".".join((first, *rest))
-
-
 def _placed(fault: Fault, origins: Mapping[str, Origin], file: str) -> Fault:
     """The fault with the place of its value, or of the nearest thing around it that was said."""
+    if fault.where.startswith("--set"):
+        return fault
     parts = fault.where.split(".")
     for length in range(len(parts), 0, -1):
         origin = origins.get(".".join(parts[:length]))
         if origin is not None:
             return Fault(f"{origin}: {fault.where}", fault.what, fault.hint)
     return Fault(f"{file}: {fault.where}", fault.what, fault.hint)
-
-
-def _dotted(key: Key) -> str:
-    return ".".join(str(part) for part in key)

@@ -307,7 +307,7 @@ class Registry:
         try:
             provider = found.model_validate(dict(options), context={"registry": self})
         except ValidationError as error:
-            faults |= {fault.where: fault for fault in explain(error, found)}
+            faults |= {fault.where: fault for fault in explain(error, found, options)}
         except AptError:
             raise
         except Exception as error:

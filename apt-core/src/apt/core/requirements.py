@@ -54,7 +54,7 @@ def check_record(record: ProviderRecord) -> list[Unmet]:
     """
     if not record.path or record.sha256:
         return []
-    requires = metadata.PathDistribution(Path(record.path)).requires or []
+    requires = _requires(metadata.PathDistribution(Path(record.path)))
     if record.distribution == "apt-core":
         # What apt-core itself needs is no question any more while it runs; the extras of its providers are.
         requires = [requirement for requirement in requires if "extra" in requirement.partition(";")[2]]
@@ -64,6 +64,13 @@ def check_record(record: ProviderRecord) -> list[Unmet]:
 def install_line(unmet: Iterable[Unmet]) -> str:
     """The command that mends it."""
     return "pip install " + " ".join(shlex.quote(one.requirement) for one in unmet)
+
+
+def _requires(distribution: metadata.Distribution) -> list[str]:
+    """`Requires-Dist`; none where there is no metadata at all."""
+    if distribution.read_text("METADATA") is None and distribution.read_text("PKG-INFO") is None:
+        return []
+    return distribution.requires or []
 
 
 def _check(requirements: Iterable[str], extras: tuple[str, ...], unmet: dict[str, Unmet], seen: set[str]) -> None:
@@ -89,7 +96,7 @@ def _check(requirements: Iterable[str], extras: tuple[str, ...], unmet: dict[str
             wanted = tuple(sorted(requirement.extras))
             of_extras = [
                 line
-                for line in distribution.requires or []
+                for line in _requires(distribution)
                 if not _applies(Requirement(line), ()) and _applies(Requirement(line), wanted)
             ]
             _check(of_extras, wanted, unmet, seen)

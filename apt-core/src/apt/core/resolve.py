@@ -204,7 +204,7 @@ class _Resolver:
                 Schedule({key: value})
             except ScheduleError as error:
                 hint = "" if key in {*scheduled, *switches} else nearest(key, [*scheduled, *switches])
-                self.faults.append(Fault(where, str(error).removeprefix(f"{where}: "), hint))
+                self.faults += [replace(fault, hint=hint or fault.hint) for fault in error.faults]
                 continue
             if switch := SWITCH.fullmatch(key):
                 plugin = switch["plugin"]

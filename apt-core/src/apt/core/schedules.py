@@ -10,13 +10,13 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from apt.core.config import APTConfig, Training
-from apt.core.options import explain
-from apt.errors import ScheduleError, nearest
+from apt.core.options import below, explain, mistyped
+from apt.errors import Fault, ScheduleError, nearest
 
 Unit = Literal["epoch", "step"]
 Shape = Literal["linear", "exp", "cosine", "sqrt", "inverse_sqrt"]
@@ -37,7 +37,7 @@ class Ramp(BaseModel):
 
     @model_validator(mode="after")
     def _exp_has_a_ratio(self) -> Ramp:
-        if self.type == "exp" and self.start * self.end <= 0:
+        if self.type == "exp" and (0 in (self.start, self.end) or (self.start > 0) != (self.end > 0)):
             raise ValueError(f"exp needs start and end of one sign, neither of them 0, not {self.start} and {self.end}")
         return self
 
@@ -53,7 +53,7 @@ class Ramp(BaseModel):
     def _shaped(self, p: float, length: int) -> float:
         start, end = self.start, self.end
         if self.type == "exp":
-            return start * (end / start) ** p
+            return math.copysign(abs(start) ** (1 - p) * abs(end) ** p, start)
         if self.type == "cosine":
             return end + (start - end) * (1 + math.cos(math.pi * p)) / 2
         if self.type == "sqrt":
@@ -115,20 +115,28 @@ def run_length(training: Training, steps_per_epoch: int) -> tuple[int, int]:
     return max_steps, training.max_epochs or math.ceil(max_steps / steps_per_epoch)
 
 
-Entry = Annotated[Ramp | Piecewise, Field(union_mode="left_to_right")]
-"""What a profile may say under `schedules.<value>`."""
+def parse_entry(name: str, value: object) -> Ramp | Piecewise:
+    """The schedule of one value. Raises `ScheduleError` with every fault of it."""
+    given = {"segments": value} if isinstance(value, list | tuple) else value
+    where = f"schedules.{name}"
+    if not isinstance(given, Mapping):
+        hint = "give {start: 1.5, end: 0.8, by: epoch}, or a list of segments"
+        raise ScheduleError([Fault(where, f"{value!r} is no schedule", hint)])
+    form: type[Ramp | Piecewise] = Piecewise if "segments" in given else Ramp
+    faults = {fault.where: fault for fault in mistyped(form, given)}
+    try:
+        entry = form.model_validate(given)
+    except ValidationError as error:
+        faults = {fault.where: fault for fault in explain(error, form, given)} | faults
+    if faults:
+        # A list of segments is written without the word.
+        bare = given is not value
+        raise ScheduleError([below(where, _without_word(fault) if bare else fault) for fault in faults.values()])
+    return entry
 
-_ENTRY: TypeAdapter[Ramp] = TypeAdapter(Ramp)
-_PIECEWISE: TypeAdapter[Piecewise] = TypeAdapter(Piecewise)
 
-
-def parse_entry(value: object) -> Ramp | Piecewise:
-    """The schedule of one value. Raises pydantic's `ValidationError`."""
-    if isinstance(value, list | tuple):
-        value = {"segments": value}
-    if isinstance(value, Mapping) and "segments" in value:
-        return _PIECEWISE.validate_python(value)
-    return _ENTRY.validate_python(value)
+def _without_word(fault: Fault) -> Fault:
+    return Fault(fault.where.removeprefix("segments").removeprefix("."), fault.what, fault.hint)
 
 
 class Schedule:
@@ -156,14 +164,7 @@ class Schedule:
 
     def add_param_schedule(self, name: str, schedule: object) -> None:
         """Add a value, or replace its schedule. Raises `ScheduleError` where it is not well formed."""
-        if not isinstance(schedule, Mapping | list | tuple | Ramp | Piecewise):
-            raise ScheduleError(f"schedules.{name}: {schedule!r} is not a schedule; such as {{start: 1.5, end: 0.8}}")
-        try:
-            self._params[name] = parse_entry(schedule)
-        except ValidationError as error:
-            model = Piecewise if error.title == Piecewise.__name__ else Ramp
-            faults = "; and ".join(str(fault).removeprefix(": ") for fault in explain(error, model))
-            raise ScheduleError(f"schedules.{name}: {faults}") from error
+        self._params[name] = parse_entry(name, schedule)
 
     def should_enable_plugin(self, name: str, epoch: int | None = None, step: int | None = None) -> bool:
         """Whether the plugin is on: from its epoch or step on; always where no schedule names it.
@@ -175,7 +176,8 @@ class Schedule:
         unit, start = self._switches[name]
         position = epoch if unit == "epoch" else step
         if position is None:
-            raise ScheduleError(f"schedules.enable_{name}_at_{unit}: give {unit}= to know whether {name!r} is on")
+            what = f"give {unit}= to know whether {name!r} is on"
+            raise ScheduleError([Fault(f"schedules.enable_{name}_at_{unit}", what)])
         return position >= start
 
     def list_enabled_plugins(
@@ -209,11 +211,12 @@ class Schedule:
         """The value now. Raises `ScheduleError` where it has no schedule, or its unit is not given."""
         if name not in self._params:
             hint = nearest(name, self._params) or f"scheduled: {', '.join(self._params) or 'nothing'}"
-            raise ScheduleError(f"{name!r} has no schedule; {hint}")
+            raise ScheduleError([Fault(f"schedules.{name}", "there is no such schedule", hint)])
         entry = self._params[name]
         position, total = (epoch, max_epochs) if entry.by == "epoch" else (step, max_steps)
         if position is None or total is None:
-            raise ScheduleError(f"schedules.{name} goes by {entry.by}: give {entry.by}= and max_{entry.by}s=")
+            what = f"goes by {entry.by}: give {entry.by}= and max_{entry.by}s="
+            raise ScheduleError([Fault(f"schedules.{name}", what)])
         return entry.at(position, total)
 
     def get_all_params(
@@ -228,7 +231,9 @@ class Schedule:
 
     def _add_switch(self, key: str, plugin: str, unit: Unit, value: object) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ScheduleError(f"schedules.{key}: {value!r} is not a number of {unit}s; give 0, 1, 2, ...")
+            raise ScheduleError(
+                [Fault(f"schedules.{key}", f"{value!r} is not a number of {unit}s", "give 0, 1, 2, ...")]
+            )
         if plugin in self._switches:
-            raise ScheduleError(f"schedules.{key}: {plugin!r} is switched on by another line as well; keep one")
+            raise ScheduleError([Fault(f"schedules.{key}", f"another line switches {plugin!r} on as well", "keep one")])
         self._switches[plugin] = (unit, value)

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from apt.core.config import APTConfig
+from apt.core.layout import MODEL, RENAMED, SECTIONS, TOP
 from apt.core.legacy import KINDS
-from apt.core.profile import MODEL, RENAMED, SECTIONS, TOP
 from apt.core.provider import SLOT_KEY, Provider
 from apt.core.registry import Registry
 from apt.core.registry import registry as installed

@@ -2,14 +2,16 @@
 
 PyYAML's event stream (the C parser where it is there) is turned into plain values here, so that each has its line and column,
 and so that tags, aliases, duplicate keys, deep nesting and huge files are refused before they cost anything. Scalars are read by
-YAML 1.2's core schema: ``3e-5`` is a number, ``on`` is a word. ``${NAME}`` and ``${NAME:-default}`` in plain scalars are
-replaced from the environment.
+YAML 1.2's core schema: ``3e-5`` is a number, ``on`` is a word. ``${NAME}`` and ``${NAME:-default}`` are replaced from the
+environment, except between single quotes, as in a shell.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +25,11 @@ Key = tuple[str | int, ...]
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 40
-MAX_DIGITS = 300
+MAX_VALUES = 4_000
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_INT = re.compile(r"[-+]?\d+|0x[0-9a-fA-F]+|0o[0-7]+")
-_FLOAT = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?")
+_INT = re.compile(r"[-+]?\d+|0x[0-9a-fA-F]+|0o[0-7]+", re.ASCII)
+_NOT_PRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_FLOAT = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?", re.ASCII)
 _WORDS: dict[str, bool | float | None] = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL")),
     **dict.fromkeys(("true", "True", "TRUE"), True),
@@ -58,10 +61,12 @@ class Source:
 def read_file(path: Path) -> Source:
     """The mapping that a file holds. Raises `ProfileError` with the place of the first fault."""
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise ProfileError([Fault(str(path), f"is {size} bytes", f"a profile has at most {MAX_BYTES}")])
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            content = file.read(MAX_BYTES + 1)  # what is no plain file has no size
+        if len(content) > MAX_BYTES:
+            what = f"is {size} bytes" if size > MAX_BYTES else "does not end"
+            raise ProfileError([Fault(str(path), what, f"a profile has at most {MAX_BYTES} bytes")])
     except OSError as error:
         raise ProfileError([Fault(str(path), f"cannot be read: {error.strerror}")]) from error
     try:
@@ -74,6 +79,10 @@ def read_file(path: Path) -> Source:
 def read_text(text: str, name: str) -> Source:
     """The mapping that a text holds; `name` is what its places are called."""
     reader = _Reader(name)
+    if found := _NOT_PRINTABLE.search(text):
+        line, column = text.count("\n", 0, found.start()) + 1, found.start() - text.rfind("\n", 0, found.start())
+        what = f"the control character {found[0]!r} is not allowed"
+        raise ProfileError([Fault(str(Origin(name, line, column)), what, "take it out")])
     try:
         reader.read(text)
     except yaml.YAMLError as error:
@@ -89,8 +98,9 @@ def parse_scalar(text: str) -> Value:
     """A plain scalar as YAML 1.2's core schema reads it."""
     if text in _WORDS:
         return _WORDS[text]
-    if _INT.fullmatch(text) and len(text) <= MAX_DIGITS:
-        return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
+    if _INT.fullmatch(text):
+        # Python converts no more than 4300 decimal digits; so many are too many for any purpose.
+        return int(text, 0) if text[:2] in ("0x", "0o") else int(text) if len(text) < 4000 else math.inf
     if _FLOAT.fullmatch(text):
         return float(text)
     return text
@@ -99,6 +109,13 @@ def parse_scalar(text: str) -> Value:
 def parse_value(text: str) -> Value:
     """A value from the command line: any YAML, flow style included."""
     return read_text(f"value: {text}", "value").values["value"]
+
+
+def _is_too_large(value: Value) -> bool:
+    """Whether a number is none of 64 bits."""
+    if isinstance(value, float):
+        return math.isinf(value)
+    return isinstance(value, int) and not -(2**63) <= value < 2**63
 
 
 class _Reader:
@@ -141,10 +158,14 @@ class _Reader:
             self._key = event.value
             return
         plain = not event.style  # None from the Python parser, '' from the C one
-        text = self._substitute(event) if "${" in event.value else event.value
-        if plain and len(text) > MAX_DIGITS and _INT.fullmatch(text):
-            raise self._fault(event, f"a number of {len(text)} digits", f"numbers have at most {MAX_DIGITS}")
-        self._put(event, parse_scalar(text) if plain else text)
+        text = self._substitute(event) if "${" in event.value and event.style != "'" else event.value
+        value = parse_scalar(text) if plain else text
+        if _is_too_large(value):
+            shown = reprlib.repr(text).strip("'")
+            raise self._fault(
+                event, f"{shown} is too large a number", "integers have 64 bits, others are below 1.8e308"
+            )
+        self._put(event, value)
 
     def _substitute(self, event: yaml.ScalarEvent) -> str:
         def value(match: re.Match[str]) -> str:
@@ -180,6 +201,8 @@ class _Reader:
                 parent.append(value)
         else:
             self.root = value
+        if len(self.origins) >= MAX_VALUES:
+            raise self._fault(event, f"more than {MAX_VALUES} values", "a profile has fewer")
         self.origins[path] = self._place(event)
         return path
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.core.provider import Provider
-from apt.errors import ScheduleError, nearest
+from apt.errors import Fault, ScheduleError, nearest
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,9 @@ def scheduled_buffers(model: nn.Module) -> dict[str, list[Tensor]]:
         for name, attribute in part.provider.scheduled.items():
             buffer = dict(part.module.named_buffers(recurse=False)).get(attribute)
             if buffer is None or buffer.dim() or buffer.dtype != torch.float32:
-                raise ScheduleError(
-                    f"{part.path}: {part.provider.kind}.{part.provider.get_name()} declares the scheduled value {name!r}, "
-                    f"but its module has no zero-dimensional float32 buffer {attribute!r}"
-                )
+                who = f"{part.provider.kind}.{part.provider.get_name()}"
+                what = f"{who} declares the scheduled value {name!r}, but its module has no zero-dimensional float32 buffer"
+                raise ScheduleError([Fault(part.path, f"{what} {attribute!r}")])
             buffers.setdefault(name, []).append(buffer)
     return buffers
 
@@ -49,9 +48,8 @@ def set_value(model: nn.Module, name: str, value: float) -> None:
     """Give a scheduled value to every module that uses it. Raises `ScheduleError` where none does."""
     buffers = scheduled_buffers(model)
     if name not in buffers:
-        raise ScheduleError(
-            f"{name}: this model has no such value; {nearest(name, buffers) or 'it has: ' + ', '.join(buffers)}"
-        )
+        hint = nearest(name, buffers) or f"it has: {', '.join(buffers)}"
+        raise ScheduleError([Fault(name, "this model has no such value", hint)])
     for buffer in buffers[name]:
         buffer.fill_(value)
 
