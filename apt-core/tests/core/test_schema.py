@@ -66,6 +66,8 @@ def validator() -> Any:
         {"schedules": {"their_gain": [{"until": 3, "start": 1, "end": 2}, {"start": 2, "end": 2}]}},
         {"data": {"source": "files", "path": "x", "tokenizer": "byte"}, "training": {"learning_rate": 1e-3}},
         {"training": {"save_every": "10 min"}},
+        {"base": "x.yaml", "model": {"ffn": {"depth": 3}, "align": None}, "data": {"path": "y"}},
+        {"schedules": {"their_gain": None, "enable_their_plugin_at_epoch": None}},
     ],
 )
 def test_what_is_right_fits(validator: Any, profile: dict[str, object]) -> None:
@@ -88,7 +90,8 @@ def test_what_is_right_fits(validator: Any, profile: dict[str, object]) -> None:
         {"schedules": {"their_gain": {"start": 1}}},
         {"schedules": {"enable_thiers_at_epoch": 2}},
         {"data": {"source": "files"}},
-        {"data": {"path": "x"}},
+        {"data": {"pth": "x"}},
+        {"base": "x.yaml", "model": {"ffn": {"depht": 3}}},
         {"training": {"save_every": "10 hours"}},
         {"training": 3},
     ],

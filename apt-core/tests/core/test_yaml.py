@@ -88,7 +88,7 @@ def test_every_value_knows_its_place() -> None:
         ("a: b: c\n", r"f:1:5: mapping values are not allowed"),
         ("a:\n\t- 1\n", r"f:2:1: "),
         ("a: " + "[" * 60 + "]" * 60, r"f:1:4\d: nested deeper than 40 levels"),
-        ("a: 1\x00\n", r"f"),
+        ("a: 1\nb: 1\x00\n", r"f:2:5: the control character '\\x00' is not allowed; take it out"),
         ("a: ${APT_TEST_NOT_SET}\n", r"f:1:4: the environment has no APT_TEST_NOT_SET; set it, or write"),
         ("a: " + "9" * 5000, r"f:1:4: "),
     ],
@@ -110,6 +110,34 @@ def test_deep_nesting_ends_before_the_stack_does() -> None:
     for text in ("{a: " * 100_000, "[" * 100_000, "- " * 100_000, "".join(" " * n + "a:\n" for n in range(300))):
         with pytest.raises(ProfileError):
             read_text(text, "f")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "".join(f"k{n}: 1\n" for n in range(90_000)),
+        "plugins: [" + ", ".join(f"m{n}" for n in range(100_000)) + "]\n",
+        "training: {betas: [" + "1," * 300_000 + "]}\n",
+        "schedules:\n" + "".join(f"  enable_m{n}_at_epoch: 1\n" for n in range(30_000)),
+    ],
+    ids=["keys", "plugins", "numbers", "switches"],
+)
+def test_a_document_of_very_many_values_is_refused_before_it_costs_much(text: str) -> None:
+    with pytest.raises(ProfileError, match="more than 4000 values; a profile has fewer"):
+        read_text(text, "f")
+
+
+def test_a_file_without_an_end_is_refused() -> None:
+    with pytest.raises(ProfileError, match="does not end; a profile has at most 1000000 bytes"):
+        read_file(Path("/dev/zero"))
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "9" * 5000, "0x" + "f" * 17, "9223372036854775808"])
+def test_a_number_that_no_computer_has_is_refused(number: str) -> None:
+    with pytest.raises(ProfileError, match="is too large a number; integers have 64 bits"):
+        read_text(f"a: {number}\n", "f")
+    assert read_text(f"a: '{number}'\n", "f").values == {"a": number}
+    assert read_text("a: 9223372036854775807\n", "f").values == {"a": 2**63 - 1}
 
 
 def test_a_file_of_100_mb_is_refused_unread(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from types import NoneType
 from typing import get_origin
 
 from apt.core import yaml
-from apt.core.config import APTConfig
+from apt.core.config import APTConfig, Data
 from apt.core.layout import type_at
 from apt.core.legacy import KINDS, settle, translate
 from apt.core.options import leaves
@@ -168,7 +168,8 @@ def _merge(below: Source, above: Source) -> Source:
         result, chooser = dict(low), _chooser(path)
         if chooser in high and high[chooser] != low.get(chooser, _default(path)):
             # Options belong to their provider: another provider starts with none.
-            for key in [key for key in low if (*path, key) != TOKENIZER]:
+            kept = Data.model_fields.keys() if path == ("data",) else ()  # of the section, not of the source
+            for key in [key for key in low if key not in kept]:
                 forget((*path, key))
                 origins.pop((*path, key), None)
                 del result[key]

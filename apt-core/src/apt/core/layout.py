@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from pydantic.fields import FieldInfo
 
-from apt.core.config import APTConfig, Debug, Evaluation, Hardware, Monitoring, Section, Training
+from apt.core.config import APTConfig, Data, Debug, Evaluation, Hardware, Monitoring, Section, Training
 from apt.core.legacy import KINDS
 from apt.core.provider import Provider
 from apt.core.registry import Registry
@@ -71,6 +71,8 @@ def type_at(path: Sequence[str], values: Mapping[str, object], registry: Registr
         if key == "tokenizer":
             default = fields["data"].get_default().tokenizer.provider
             return _in_provider("tokenizer", given.get(key), default, further, registry)
+        if key in Data.model_fields and key != "source":
+            return _annotation(Data.model_fields[key])
         source = given.get("source", fields["data"].get_default().source)
         return str if key == "source" else _in_provider("data", source, "", rest, registry)
     if further:

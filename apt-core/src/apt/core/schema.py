@@ -103,10 +103,13 @@ class _Writer:
                 }
             )
         forms.append({"type": "object", "properties": {"provider": local}, "required": ["provider"]})
-        return {"anyOf": forms}
+        inherited = self._loose(kind, more={"fallback": _FALLBACK})
+        inherited["description"] = "further options of the provider that the base names, or of the default"
+        return {"anyOf": [*forms, inherited]}
 
     def _model(self, properties: Schema) -> Schema:
-        kinds = {kind: {"$ref": f"#/$defs/{kind}"} for kind in KINDS}
+        # null takes an inherited section away, below as in the schedules.
+        kinds = {kind: {"anyOf": [{"$ref": f"#/$defs/{kind}"}, {"type": "null"}]} for kind in KINDS}
         names = {
             f"{kind}_name": {"enum": [*self.classes.get(kind, {}), *(["none"] if kind == "retrieval" else [])]}
             for kind in (*KINDS, "router")
@@ -152,7 +155,7 @@ class _Writer:
 
     def _schedules(self) -> Schema:
         entry = {"anyOf": [self._object(model) for model in (Ramp, Piecewise)]}
-        entry["anyOf"].append({"type": "array", "items": self._object(Segment), "minItems": 1})
+        entry["anyOf"] += [{"type": "array", "items": self._object(Segment), "minItems": 1}, {"type": "null"}]
         values = {
             value: f"{kind}.{name}"
             for kind, classes in self.classes.items()
@@ -163,7 +166,7 @@ class _Writer:
         for plugin in self.classes.get("plugin", {}):
             for unit in ("epoch", "step"):
                 properties[f"enable_{plugin}_at_{unit}"] = {
-                    "type": "integer",
+                    "type": ["integer", "null"],
                     "minimum": 0,
                     "description": f"the {unit} from which on {plugin} is on",
                 }
@@ -184,6 +187,7 @@ class _Writer:
                     "additionalProperties": False,
                 }
             )
+        forms.append(self._loose("data", more=common))  # of the source that the base names
         return {"anyOf": forms}
 
 
