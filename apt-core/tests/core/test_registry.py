@@ -563,3 +563,17 @@ def test_a_package_that_asks_the_registry_while_it_is_imported_does_not_lock_it(
     for thread in threads:
         thread.join(timeout=10)
     assert not any(thread.is_alive() for thread in threads)
+
+
+def test_an_instance_that_became_stale_while_it_was_made_is_not_kept():
+    registry = Registry()
+
+    class Slow(Reader):
+        @model_validator(mode="after")
+        def _replaced_meanwhile(self):
+            registry.register("data", "slow", Other, override=True)
+            return self
+
+    registry.register("data", "slow", Slow)
+    assert type(registry.get("data", "slow")) is Slow
+    assert type(registry.get("data", "slow")) is Other

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, get_args
 
 from apt.cli.options import add_profile_options, print_notes, read_profile
-from apt.cli.show import count, print_providers, print_table, size
+from apt.cli.show import count, print_json, print_providers, print_table, size
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -34,6 +35,7 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     providers.add_argument(
         "--check", action="store_true", help="import each provider in a process of its own, to find the broken ones"
     )
+    _add_json(providers)
     providers.set_defaults(run=_providers)
 
     check = commands.add_parser(
@@ -43,6 +45,7 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
         "per token and memory, and what is switched on when. Nothing is built, and PyTorch is not loaded.",
     )
     add_profile_options(check, positional=True)
+    _add_json(check)
     check.set_defaults(run=_check)
 
     doctor = commands.add_parser(
@@ -54,7 +57,12 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     doctor.add_argument(
         "--time-limit", type=float, default=20.0, metavar="SECONDS", help="for each provider's import (default: 20)"
     )
+    _add_json(doctor)
     doctor.set_defaults(run=_doctor)
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
 
 
 def _providers(arguments: argparse.Namespace) -> int:
@@ -87,7 +95,22 @@ def _providers(arguments: argparse.Namespace) -> int:
     broken = _probe() if arguments.check else {}
     claims: dict[str, int] = {}
     for record in records:
-        claims[record.key] = claims.get(record.key, 0) + 1
+        claims[record.key] = claims.get(record.key, 0) + (not record.disabled)
+    if arguments.json:
+        print_json(
+            {
+                "kind": record.kind,
+                "name": record.name,
+                "distribution": record.distribution,
+                "version": record.version,
+                "entry_point": record.entry_point,
+                "path": record.path,
+                "default": registry.get_default(record.kind) == record.name,
+                "state": _state(record, claims[record.key], broken),
+            }
+            for record in records
+        )
+        return 0
     print_table(
         ("KIND", "NAME", "DISTRIBUTION", "VERSION", "DEFAULT", "STATE"),
         (
@@ -232,6 +255,18 @@ def _check(arguments: argparse.Namespace) -> int:
     config, resolved = profile.config, profile.resolved
     assert resolved is not None
     cost = estimate(config, resolved)
+    if arguments.json:
+        sums = ("parameters", "active_parameters", "flops_per_token", "training_memory")
+        print_json(
+            {
+                "profile": str(arguments.profile),
+                "name": config.name,
+                "cost": asdict(cost) | {each: getattr(cost, each) for each in sums},
+                "providers": [each.to_dict() for each in resolved.resolutions],
+                "notes": list(profile.notes),
+            }
+        )
+        return 0
     print(f"{arguments.profile}: good\n")
     print(
         f"{config.name}: {config.architecture}, {config.num_blocks} layers, d_model {config.d_model}, {config.num_heads} heads, "
@@ -305,8 +340,6 @@ def _course(entry: Ramp | Piecewise) -> str:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from dataclasses import replace
-
     from apt.cli import build_parser, own_commands
     from apt.core.doctor import diagnose
 
@@ -318,6 +351,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
         replace(found, level="fault", what=taken) if found.subject in own else found for found in diagnosis.findings
     ]
     diagnosis = replace(diagnosis, findings=tuple(findings))
+    if arguments.json:
+        print_json({**asdict(diagnosis), "healthy": diagnosis.healthy})
+        return 0 if diagnosis.healthy else 1
     print("\n".join(f"{name}: {value}" for name, value in diagnosis.environment.items()) + "\n")
     colours = {"ok": "ok", "warning": "warning", "fault": "FAULT"}
     print_table(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,13 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right:
     with console.capture() as captured:
         console.print(table)
     print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+def print_json(value: object) -> None:
+    """Print a value for programs; rows that come one by one are a list."""
+    import json
+
+    print(json.dumps(list(value) if isinstance(value, Iterator) else value, indent=2))
 
 
 def print_providers(resolutions: Iterable[Resolution]) -> None:

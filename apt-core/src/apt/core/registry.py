@@ -63,6 +63,8 @@ class Registry:
         self._ready: dict[tuple[str, str | None, str | None], Provider] = {}
         self._ready_local: dict[tuple[str, str | None, str | None], Provider] = {}
         self._leave: LocalCode | None = None
+        self._generation = 0
+        """Counts what makes instances stale, so that one that is being made meanwhile is not kept."""
 
     def list_providers(self, kind: str | None = None) -> dict[str, list[str]]:
         """Kind -> the names that may be asked for: by priority where the class is loaded, then by name.
@@ -242,7 +244,8 @@ class Registry:
         Providers are instances or ``"kind.name"``; the classes of named ones are imported.
         """
         if providers is None:
-            providers = [*self._ready.values(), *self._ready_local.values()]
+            with self._lock:
+                providers = [*self._ready.values(), *self._ready_local.values()]
         used = (self.used("", provider) for provider in providers)
         unique = {f"{one.kind}.{one.name}": one for one in used}
         return find_conflicts(replace(one, where=key) for key, one in unique.items())
@@ -260,6 +263,7 @@ class Registry:
     def clear_cache(self, kind: str | None = None, name: str | None = None) -> None:
         """Forget instances and failed imports, of all kinds, of one, or of one provider; nothing is unregistered."""
         with self._lock:
+            self._generation += 1
             for table in (self._ready, self._ready_local):
                 for key in [key for key in table if kind in (None, key[0]) and name in (None, key[1])]:
                     del table[key]
@@ -324,13 +328,16 @@ class Registry:
         ready = self._ready_local if local else self._ready
         provider = ready.get(key)
         if provider is None or local:
+            generation = self._generation
             made = self._make(kind, name, options or {})
             # Imports and validation ran without the lock, so that another thread's import cannot wait for this one.
             with self._lock:
                 provider = ready.get(key)
                 if provider is None or record_of(provider) != record_of(made):
                     self._call_hooks(made)
-                    ready[key] = provider = made
+                    provider = made
+                    if generation == self._generation:
+                        ready[key] = made
         return provider
 
     def _call_hooks(self, provider: Provider) -> None:
