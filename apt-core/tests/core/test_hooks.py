@@ -185,7 +185,7 @@ def test_a_traced_wrapper_is_logged_before_and_after(
     monkeypatch.setenv("APT_TRACE", "1")
     with caplog.at_level(logging.WARNING):
         call(one=Around())
-    assert [" ".join(record.getMessage().split()[5:-3]) for record in caplog.records] == [
+    assert [" ".join(record.getMessage().split()[4:-3]) for record in caplog.records] == [
         "apt_step_start before the others",
         "apt_step_start after the others",
     ]

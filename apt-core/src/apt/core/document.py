@@ -96,7 +96,7 @@ def _chain(path: Path, files: list[Path]) -> list[Source]:
     base = source.values.pop("base", None)
     if base is None:
         return [source]
-    if not isinstance(base, str):
+    if not isinstance(base, str) or "\0" in base:
         raise ProfileError([Fault(f"{source.origins[('base',)]}: base", f"{base!r} is not the path of a profile")])
     return [source, *_chain(path.parent / base, files)]
 

@@ -185,7 +185,10 @@ class _Resolver:
         try:
             count()
         except OptionsError as error:
-            self.faults += [below(where, fault) for fault in relative(error)]
+            # A provider that knows where it stands in a profile may say so itself.
+            self.faults += [
+                fault if fault.where.startswith("model.") else below(where, fault) for fault in relative(error)
+            ]
         except ValueError as error:
             self.faults.append(Fault(where, str(error)))
 
