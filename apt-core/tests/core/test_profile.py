@@ -154,7 +154,7 @@ def test_every_set_that_is_wrong_is_told(folder: Path) -> None:
         "--set base=other.yaml: a base is inherited before --set is applied; name it in a file",
         "--set training.betas.0=1: betas is a list; give the whole of it",
         "--set x: is not of the form a.b=value",
-        "--set training.max_epochs=no: training.max_epochs: 'no' is not allowed; input should be a number or null",
+        "--set training.max_epochs=no: training.max_epochs: 'no' is not allowed; input should be a whole number or null",
     ]
 
 

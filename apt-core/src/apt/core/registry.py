@@ -63,8 +63,6 @@ class Registry:
         self._ready: dict[tuple[str, str | None, str | None], Provider] = {}
         self._ready_local: dict[tuple[str, str | None, str | None], Provider] = {}
         self._leave: LocalCode | None = None
-        self._generation = 0
-        """Counts what makes instances stale, so that one that is being made meanwhile is not kept."""
 
     def list_providers(self, kind: str | None = None) -> dict[str, list[str]]:
         """Kind -> the names that may be asked for: by priority where the class is loaded, then by name.
@@ -263,7 +261,6 @@ class Registry:
     def clear_cache(self, kind: str | None = None, name: str | None = None) -> None:
         """Forget instances and failed imports, of all kinds, of one, or of one provider; nothing is unregistered."""
         with self._lock:
-            self._generation += 1
             for table in (self._ready, self._ready_local):
                 for key in [key for key in table if kind in (None, key[0]) and name in (None, key[1])]:
                     del table[key]
@@ -328,7 +325,6 @@ class Registry:
         ready = self._ready_local if local else self._ready
         provider = ready.get(key)
         if provider is None or local:
-            generation = self._generation
             made = self._make(kind, name, options or {})
             # Imports and validation ran without the lock, so that another thread's import cannot wait for this one.
             with self._lock:
@@ -336,7 +332,8 @@ class Registry:
                 if provider is None or record_of(provider) != record_of(made):
                     self._call_hooks(made)
                     provider = made
-                    if generation == self._generation:
+                    # Another class may have been registered while this one was made.
+                    if local or self._classes.get((kind, name)) is type(made):
                         ready[key] = made
         return provider
 
