@@ -279,6 +279,7 @@ def _score(run: LoadedRun, split: TokenSplit, what: str) -> Score:
     from rich.progress import track
 
     from apt.data.batches import num_windows, windows
+    from apt.training.calibration import calibration_of
     from apt.training.evaluate import score
 
     seq_len, batch_size = run.config.max_seq_len, run.config.training.batch_size
@@ -289,7 +290,8 @@ def _score(run: LoadedRun, split: TokenSplit, what: str) -> Score:
         console=Console(stderr=True),
         transient=True,
     )
-    return score(run.model, batches, bytes_per_token=split.bytes_per_token)[0]
+    with calibration_of(run.folder).applied():
+        return score(run.model, batches, bytes_per_token=split.bytes_per_token)[0]
 
 
 def _plot(arguments: argparse.Namespace) -> int:

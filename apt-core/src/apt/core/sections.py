@@ -101,6 +101,11 @@ class Hardware(Section):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, ge=1, description="CPU threads; none: PyTorch's choice")
+    matmul: Literal["strict", "auto"] = Field(
+        default="strict",
+        description="how products are computed: strict, by PyTorch's defaults; auto, by what is fastest on this machine and as "
+        "exact, measured at the start and kept for the run",
+    )
     parallel: Literal["none", "ddp"] = Field(
         default="none",
         description="how the processes that torchrun starts share the work: ddp, each a part of every batch",

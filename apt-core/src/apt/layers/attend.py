@@ -12,6 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
+from apt.layers.ways import mix
+
 
 def attend(
     q: Float[Tensor, "batch heads seq width"],
@@ -54,16 +56,8 @@ def attend(
         visible = band if visible is None else visible & band
     if sinks is not None:
         return _attend_with_sinks(q, k, v, sinks, causal=causal, visible=visible, scale=scale, dropout=dropout)
-    return functional.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=visible,
-        is_causal=causal and queries > 1 and visible is None,
-        dropout_p=dropout,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
+    square = causal and queries > 1 and visible is None
+    return mix(q, k, v, causal=square, visible=visible, scale=scale, dropout=dropout)
 
 
 def _attend_with_sinks(
@@ -92,14 +86,5 @@ def _attend_with_sinks(
     k[:, :, 0, -1] = 1
     if visible is not None:
         visible = functional.pad(visible, (1, 0), value=True)
-    mixed = functional.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=visible,
-        is_causal=squared,
-        dropout_p=dropout,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
+    mixed = mix(q, k, v, causal=squared, visible=visible, scale=scale, dropout=dropout)
     return mixed[:, :, int(squared) :, :-1]

@@ -66,8 +66,15 @@ def read_metrics(folder: Path) -> list[dict[str, object]]:
     return events
 
 
-def write_record(folder: Path, config: APTConfig, resolved: Resolved, corpus_digest: str, parameters: int) -> None:
-    """What the run was made of: providers asked for and used, the environment, the state of the source tree."""
+def write_record(
+    folder: Path,
+    config: APTConfig,
+    resolved: Resolved,
+    corpus_digest: str,
+    parameters: int,
+    calibration: Mapping[str, object] | None = None,
+) -> None:
+    """What the run was made of: providers asked for and used, how products are computed, the environment, the source tree."""
     wanted = {"apt-core", "torch", "numpy", "pydantic", "safetensors"} | {
         each.distribution for each in resolved.resolutions
     }
@@ -76,6 +83,7 @@ def write_record(folder: Path, config: APTConfig, resolved: Resolved, corpus_dig
         "name": config.name,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "parameters": parameters,
+        "calibration": calibration,
         "corpus_sha256": corpus_digest,
         "providers": [resolution.to_dict() for resolution in resolved.resolutions],
         "python": sys.version.split()[0],

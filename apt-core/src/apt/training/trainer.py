@@ -31,6 +31,7 @@ from apt.hookspecs import Batch, RunState
 from apt.modeling.model import Decoder
 from apt.modeling.parts import set_active
 from apt.training.assembly import assemble
+from apt.training.calibration import settle
 from apt.training.changes import check_changes
 from apt.training.checkpoint import (
     IMPORTED,
@@ -124,7 +125,9 @@ class Trainer:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / PROFILE).write_text(dump_resolved(self.config, self.resolved))
             if self.checkpoint is None:
-                write_record(self.out, self.config, self.resolved, self.corpus.digest, parameters)
+                write_record(
+                    self.out, self.config, self.resolved, self.corpus.digest, parameters, self.calibration.to_dict()
+                )
         self.metrics = Metrics(self.out if ranks.is_main else None, self.state.step if self.checkpoint else None)
         name = f"{self.config.name} ({parameters / 1e6:.2f} M{f', {ranks.size} ranks' if ranks.size > 1 else ''})"
         try:
@@ -135,7 +138,7 @@ class Trainer:
                 self.report = report
                 if self.checkpoint is not None:
                     report.line(f"resumed from {self.checkpoint} at step {self.state.step}")
-                with explain_memory():
+                with explain_memory(), self.calibration.applied():
                     self._run()
         finally:
             self.saver.close()
@@ -184,6 +187,9 @@ class Trainer:
         self.hooks.hook.apt_model_built(config=config, model=self.model)
         if self.checkpoint is not None:
             self._resume(self.checkpoint)
+        kept = None if self.checkpoint is None else read_saved(self.checkpoint)["progress"].get("calibration")
+        tokens = self.ranks.share(self.batches.get(0).tokens).to(self.device)
+        self.calibration = settle(self.model, tokens, config, kept, self.ranks, self.console)
         if config.training.compile:
             for block in self.model.blocks:
                 block.compile(fullgraph=False)
@@ -458,7 +464,11 @@ class Trainer:
                     state=self.state,
                     hooks=hooks,
                     corpus_digest=self.corpus.digest,
-                    progress={"left_out": self.left_out, "best": self.saver.best},
+                    progress={
+                        "left_out": self.left_out,
+                        "best": self.saver.best,
+                        "calibration": self.calibration.to_dict(),
+                    },
                     randoms=randoms,
                     copy=self.saver.copies,
                 )

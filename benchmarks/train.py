@@ -1,0 +1,228 @@
+"""Training speed and peak memory: apt's trainer beside nanoGPT, transformers' Llama and LitGPT, at equal shape.
+
+    python benchmarks/train.py --nanogpt PATH --transformers PYTHON --litgpt PYTHON [--case a b] [--rounds 9]
+
+PATH is a clone of github.com/karpathy/nanoGPT; each PYTHON is an interpreter with that library (`pip install transformers`,
+`pip install litgpt`; the two need environments of their own) and the same PyTorch as here. What is not given is left out.
+
+Every contestant is a process of its own that waits while another one trains. They train a few steps each by turns, and each
+turn is held against that of the first contestant in the same round; printed are the medians of these ratios, so what disturbs the
+machine for a while disturbs them alike. The others, and apt's own with strict, multiply by PyTorch's defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+WORKER = Path(__file__).with_name("train_worker.py")
+VOCAB = 259
+CASES = {
+    "a": {"layers": 4, "heads": 4, "width": 128, "block": 64, "batch": 12},
+    "b": {"layers": 6, "heads": 6, "width": 384, "block": 256, "batch": 8},
+}
+TURN = 0.7
+"""Seconds of a contestant's turn, about."""
+
+
+@dataclass
+class Contestant:
+    """A process that trains when it is told to."""
+
+    name: str
+    python: str
+    case: dict[str, object]
+    process: subprocess.Popen[str] | None = None
+    steps: int = 1
+    parameters: int = 0
+    speeds: list[float] = field(default_factory=list)
+    peak: float = 0.0
+
+    def start(self) -> None:
+        """Start it, let it warm up, and see how many steps fill a turn."""
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.case["threads"]), "TOKENIZERS_PARALLELISM": "false"}
+        self.process = subprocess.Popen(
+            [self.python, str(WORKER), json.dumps(self.case)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE if not os.environ.get("VERBOSE") else None,
+            text=True,
+            env=environment,
+        )
+        self.parameters = int(self._hear()["ready"])
+        self.steps = max(1, round(TURN / self._train(2)))
+        self.speeds.clear()
+
+    def turn(self) -> None:
+        """Train a turn."""
+        self._train(self.steps)
+
+    def end(self) -> None:
+        """Let it go, and ask what it took."""
+        assert self.process is not None
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.peak = self._hear()["peak_mb"]
+        self.process.wait()
+
+    def _train(self, steps: int) -> float:
+        """Seconds a step."""
+        assert self.process is not None
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        seconds = self._hear()["seconds"] / steps
+        self.speeds.append(int(str(self.case["batch"])) * int(str(self.case["block"])) / seconds)
+        return seconds
+
+    def _hear(self) -> dict[str, float]:
+        assert self.process is not None
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            said = "" if self.process.stderr is None else self.process.stderr.read()[-2000:]
+            raise SystemExit(f"{self.name} has died: {said}")
+        heard: dict[str, float] = json.loads(line)
+        return heard
+
+
+def main() -> int:
+    """Measure the cases that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nanogpt", metavar="PATH", help="a clone of nanoGPT")
+    parser.add_argument("--transformers", metavar="PYTHON", help="an interpreter that has transformers")
+    parser.add_argument("--litgpt", metavar="PYTHON", help="an interpreter that has litgpt")
+    parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="contestants whose names hold one of these words")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    arguments = parser.parse_args()
+    print(f"PyTorch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {arguments.threads} threads")
+    with tempfile.TemporaryDirectory() as place:
+        text = "".join(map(chr, np.random.default_rng(0).integers(97, 123, 500_000)))
+        (Path(place) / "text.txt").write_text(text)
+        (np.frombuffer(text.encode(), np.uint8).astype(np.uint16) + 3).tofile(Path(place) / "tokens.bin")
+        for name in arguments.case:
+            measure(name, contestants(name, arguments, Path(place)), arguments.rounds)
+    return 0
+
+
+def contestants(name: str, arguments: argparse.Namespace, place: Path) -> list[Contestant]:
+    """All of a case, nanoGPT first."""
+    shape = CASES[name]
+    width = shape["width"]
+    common: dict[str, object] = {
+        **shape,
+        "vocab": VOCAB,
+        "threads": arguments.threads,
+        "data": str(place / "tokens.bin"),
+        # A gated network with as many weights as one of two matrices that is four times as wide as the model.
+        "d_ff": 8 * width // 3 // 8 * 8,
+        "compile": False,
+        "warm": 8,
+    }
+    found: list[Contestant] = []
+    for kind, python, label, more in (
+        ("nanogpt", sys.executable, "nanoGPT", {"path": arguments.nanogpt}),
+        ("llama", arguments.transformers, "transformers Llama", {}),
+        ("litgpt", arguments.litgpt, "LitGPT (Llama)", {}),
+    ):
+        if arguments.nanogpt if kind == "nanogpt" else python:
+            for compiled in (False, True):
+                case = {**common, **more, "kind": kind, "compile": compiled}
+                found.append(Contestant(f"{label}{', compiled' if compiled else ''}", python, case))
+    for form in ("GPT", "Llama"):
+        for matmul, precision, compiled in (
+            ("strict", "fp32", False),
+            ("strict", "fp32", True),
+            ("auto", "fp32", False),
+            ("auto", "fp32", True),
+            ("auto", "bf16", False),
+        ):
+            label = f"apt {form}, {matmul}{', bf16' if precision == 'bf16' else ''}{', compiled' if compiled else ''}"
+            profile = apt_profile(form, common, place, matmul=matmul, precision=precision, compiled=compiled)
+            found.append(Contestant(label, sys.executable, {**common, "kind": "apt", "profile": profile}))
+    words = arguments.only
+    return [each for each in found if not words or any(word in each.name for word in words)]
+
+
+def apt_profile(
+    form: str, common: dict[str, object], place: Path, *, matmul: str, precision: str, compiled: bool
+) -> dict[str, object]:
+    """A profile of nanoGPT's form (LayerNorm, GELU, learned positions) or of Llama's (RMSNorm, SwiGLU, rotary positions)."""
+    gpt = form == "GPT"
+    return {
+        "name": "bench",
+        "plugins": ["paced"],
+        "model": {
+            "d_model": common["width"],
+            "num_heads": common["heads"],
+            "num_layers": common["layers"],
+            "d_ff": 4 * int(str(common["width"])) if gpt else common["d_ff"],
+            "vocab_size": common["vocab"],
+            "max_seq_len": common["block"],
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+            "norm": "layernorm" if gpt else "rmsnorm",
+            "attention": {"provider": "sdpa", "positions": "learned" if gpt else "rope"},
+            "ffn": {"provider": "default" if gpt else "swiglu"},
+        },
+        "training": {
+            "max_steps": 1_000_000,
+            "steps_per_epoch": 1_000_000,
+            "batch_size": common["batch"],
+            "learning_rate": 1e-3,
+            "warmup_steps": 100,
+            "weight_decay": 0.1,
+            "gradient_clip": 1.0,
+            "betas": [0.9, 0.99],
+            "precision": precision,
+            "compile": compiled,
+        },
+        "hardware": {"device": "cpu", "threads": common["threads"], "matmul": matmul},
+        "data": {"source": "files", "path": str(place / "text.txt"), "cache": str(place / "cache")},
+        "monitoring": {"plot": False},
+    }
+
+
+def measure(name: str, field: list[Contestant], rounds: int) -> None:
+    """Let all of them train by turns, and print what came out."""
+    shape = ", ".join(f"{key} {value}" for key, value in CASES[name].items())
+    print(f"\n({name}) {shape}; {rounds} rounds", flush=True)
+    for each in field:
+        each.start()
+        print(f"  {each.name}: {each.steps} steps a turn", file=sys.stderr, flush=True)
+    start = time.perf_counter()
+    for number in range(rounds):
+        # In another order each time, so that nobody always follows the same one.
+        for each in random.Random(number).sample(field, len(field)):
+            each.turn()
+    for each in field:
+        each.end()
+    first = field[0]
+    print(f"| contestant | tokens/s | of {first.name} | middle half | peak MB | parameters |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for each in field:
+        ratios = [own / other for own, other in zip(each.speeds, first.speeds, strict=True)]
+        low, ratio, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+        print(
+            f"| {each.name} | {statistics.median(each.speeds):,.0f} | {ratio:.2f} | {low:.2f} to {high:.2f} "
+            f"| {each.peak:.0f} | {each.parameters:,} |"
+        )
+    print(f"{time.perf_counter() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
