@@ -13,7 +13,7 @@ from apt.core.providers import RopeScaling
 from apt.layers import LayerCache
 from apt.layers.attend import attend
 from apt.layers.cache import KVCache
-from apt.layers.rope import apply_turn, get_turn
+from apt.layers.rope import Turn, apply_turn, get_next_turn, get_turn
 
 
 @dataclass(frozen=True)
@@ -98,14 +98,22 @@ class Heads(nn.Module):
         if cross:
             return self.attend(q, k, v, causal=False, mask=mask, window=None)
         if self.shape.rope_theta is not None:
-            if positions is None:
-                start = 0 if cache is None else cache.length
-                positions = torch.arange(start, start + q.shape[2], device=q.device).unsqueeze(0)
-            turn = get_turn(positions, self.shape.width, self.shape.rope_theta, self.shape.rope_scaling)
+            turn = self._get_turn(q, positions, None if cache is None else cache.length)
             q, k = apply_turn(q, turn), apply_turn(k, turn)
         if isinstance(cache, KVCache):
             k, v = cache.append(k, v)
         return self.attend(q, k, v, causal=causal, mask=mask, window=self.shape.window)
+
+    def _get_turn(self, q: Tensor, positions: Tensor | None, read: int | None) -> Turn:
+        """The turn of the queries' positions; where they are not given, they follow the `read` ones in a cache."""
+        width, theta, scaling = self.shape.width, self.shape.rope_theta, self.shape.rope_scaling
+        assert theta is not None
+        if positions is None:
+            start = 0 if read is None else read
+            if read is not None and not torch.compiler.is_compiling():
+                return get_next_turn(start, q.shape[2], width, theta, scaling, q.device)
+            positions = torch.arange(start, start + q.shape[2], device=q.device).unsqueeze(0)
+        return get_turn(positions, width, theta, scaling)
 
     def attend(
         self,

@@ -5,6 +5,7 @@ Su et al. 2021, arXiv:2104.09864, eq. 14-15 and 34, in the half-split layout (fe
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -40,6 +41,23 @@ def get_turn(
         return angles.cos(), angles.sin()
     factor = 0.1 * math.log(scaling.factor) + 1 if scaling.attention_factor is None else scaling.attention_factor
     return angles.cos() * factor, angles.sin() * factor
+
+
+def get_next_turn(
+    start: int, count: int, width: int, theta: float, scaling: RopeScaling | None, device: torch.device
+) -> Turn:
+    """The turn of `count` positions from `start` on, read from a table, which writing token by token would else compute anew
+    for every token in every layer."""
+    room = 1 << max(10, (start + count - 1).bit_length())
+    cos, sin = _get_table(room, width, theta, scaling, device)
+    return cos[:, :, start : start + count], sin[:, :, start : start + count]
+
+
+@functools.lru_cache(maxsize=32)
+def _get_table(room: int, width: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Turn:
+    # Made outside of inference mode, since it outlives it and gradients may be wanted of what it turns.
+    with torch.inference_mode(False), torch.no_grad():
+        return get_turn(torch.arange(room, device=device)[None], width, theta, scaling)
 
 
 def apply_turn(x: Float[Tensor, "batch heads seq width"], turn: Turn) -> Float[Tensor, "batch heads seq width"]:

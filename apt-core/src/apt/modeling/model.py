@@ -66,7 +66,8 @@ class Decoder(nn.Module):
         the tokens that are there, so padding on the left moves nothing.
         """
         start = 0 if cache is None else cache[0].length
-        if positions is None:
+        if positions is None and (cache is None or mask is not None or self.position_table is not None):
+            # Else they follow what the cache holds, and its layers have a table of them.
             positions = _count_positions(mask, start, tokens)
         x = self._embed(tokens, positions)
         losses: dict[str, Tensor] = {}
@@ -115,9 +116,9 @@ class Decoder(nn.Module):
             x = block(x, mask=mask, positions=positions).output
         return x
 
-    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+    def _embed(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
         x = self.embedding(tokens)
-        if self.position_table is not None:
+        if self.position_table is not None and positions is not None:
             x = x + self.position_table(positions)
         embedded: Tensor = self.dropout(x)
         return embedded
