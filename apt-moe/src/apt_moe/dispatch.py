@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 class Plan(NamedTuple):
@@ -33,14 +34,28 @@ class Plan(NamedTuple):
     top_k: int
 
 
-def plan(indices: Tensor, num_experts: int, *, limit: Tensor | None = None, counted: Tensor | None = None) -> Plan:
+def plan(
+    indices: Tensor,
+    num_experts: int,
+    *,
+    limit: Tensor | None = None,
+    counted: Tensor | None = None,
+    sent: Tensor | None = None,
+) -> Plan:
     """Plan the dispatch of `indices` [tokens, k]. `limit` is a scalar: the rows an expert takes at most.
 
-    `counted` [tokens] is False for padding, which takes only the room that other tokens leave.
+    `counted` [tokens] is False for padding, which takes only the room that other tokens leave. `sent` [tokens, k] is
+    False where a token does not go to the expert after all, as where experts choose their tokens.
     """
     top_k = indices.shape[1]
     flat = indices.reshape(-1)
     rows = torch.arange(flat.numel(), device=flat.device)
+    if sent is not None:
+        chosen = sent.reshape(-1)
+        order = torch.where(chosen, flat, num_experts).argsort(stable=True)
+        inverse = torch.empty_like(order).scatter_(0, order, rows)
+        ends = count(flat, num_experts, chosen).cumsum(0).to(torch.int32)
+        return Plan(order, inverse, flat[order], ends, chosen, top_k)
     key = flat
     if limit is not None and counted is not None:
         key = 2 * flat + (~counted).long().repeat_interleave(top_k)
@@ -79,8 +94,20 @@ def combine(rows: Tensor, weights: Tensor, plan: Plan) -> Tensor:
     """
     if plan.kept is not None:
         weights = weights * plan.kept.view_as(weights)
-    outputs: Tensor = _Permute.apply(rows, plan.inverse, plan.order)  # type: ignore[no-untyped-call]
-    return (outputs.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(1)
+    combined: Tensor = _Combine.apply(rows, weights, plan.order, plan.inverse)  # type: ignore[no-untyped-call]
+    return combined
+
+
+def _sum_of_rows(rows: Tensor, index: Tensor, weights: Tensor | None = None) -> Tensor:
+    """sum_j w_j rows[index[n, j]]: [tokens, width], in the wider of both dtypes and summed in float32 at least."""
+    if (
+        rows.dtype in (torch.float32, torch.float64)
+        and index.numel()
+        and (weights is None or weights.dtype == rows.dtype)
+    ):
+        return functional.embedding_bag(index, rows, mode="sum", per_sample_weights=weights)  # in one pass
+    chosen = rows.index_select(0, index.flatten()).view(*index.shape, rows.shape[1])
+    return (chosen if weights is None else chosen * weights.unsqueeze(-1)).sum(1)
 
 
 class _Dispatch(torch.autograd.Function):
@@ -96,19 +123,21 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grad.index_select(0, inverse).view(-1, ctx.top_k, grad.shape[1]).sum(1), None, None, None  # type: ignore[attr-defined]
+        return _sum_of_rows(grad, inverse.view(-1, ctx.top_k)), None, None, None  # type: ignore[attr-defined]
 
 
-class _Permute(torch.autograd.Function):
+class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        return rows.index_select(0, index)
+    def forward(rows: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        return _sum_of_rows(rows, inverse.view_as(weights), weights)
 
     @staticmethod
     def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[2])
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grad.index_select(0, inverse), None, None
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        rows, weights, order, inverse = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad = grad.index_select(0, order // weights.shape[1])
+        of_weights = (grad * rows).sum(1).to(weights.dtype).index_select(0, inverse).view_as(weights)
+        return (grad * weights.reshape(-1).index_select(0, order).unsqueeze(1)).to(rows.dtype), of_weights, None, None

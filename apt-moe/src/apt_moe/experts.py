@@ -9,8 +9,9 @@ is found out when it is built, by a trial on the meta device, and is then run ex
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,26 @@ from torch.utils._pytree import tree_leaves
 
 from apt.errors import Fault, OptionsError
 from apt.layers import Part, as_part
-from apt_moe.grouped import grouped_linear
+from apt_moe.grouped import Kernel, grouped_linear
 from apt_moe.hidden import hidden_axes
 
 if TYPE_CHECKING:
     from apt.core.providers import FFNProvider
+
+Backend = Literal["naive", "loop", "bmm", "grouped_mm"]
+SMALL = 1 << 13
+"""Numbers in an expert's largest matrix below which a loop in Python costs more than its products (CPU, measured)."""
+
+
+def choose_backend(device: torch.device, largest: int) -> Backend:
+    """The fastest way to run experts whose largest matrix has `largest` numbers, as `benchmarks/moe.py` measures it.
+
+    On the CPU the loop wins at every number of tokens and experts, except where matrices are so small that Python is
+    what takes the time. On GPUs `grouped_mm` needs no numbers from the device, which the loop and `bmm` do.
+    """
+    if device.type == "cpu" and largest >= SMALL:
+        return "loop"
+    return "grouped_mm"
 
 
 class Experts(nn.Module):
@@ -38,17 +54,48 @@ class Experts(nn.Module):
         self.axes = hidden_axes(provider, d_model, d_ff, activation)
         """Parameter name -> the axis of the hidden units in one expert."""
         self.layer = _stacked(provider, num_experts, (d_model, d_ff, dropout, activation))
+        self.largest = max((stack[0].numel() for stack in self.layer.parameters()), default=0)
         self.grouped = _can_group(provider, (d_model, d_ff, dropout, activation))
 
-    def forward(self, rows: Tensor, offsets: Tensor, experts: Tensor) -> Tensor:
+    def forward(self, rows: Tensor, offsets: Tensor, experts: Tensor, backend: Backend = "loop") -> Tensor:
         """`rows` [rows, d_model] -> the same; `offsets` [experts] and `experts` [rows] as in `apt_moe.dispatch.Plan`.
 
         What comes out for rows that no expert owns is finite and otherwise unspecified.
         """
-        if self.grouped:
-            with _Grouped(offsets, experts):
-                return _output(self.layer(rows.unsqueeze(0))).squeeze(0)
-        return self._one_by_one(rows, offsets)
+        if not self.grouped:
+            return self._one_by_one(rows, offsets)
+        if backend == "bmm":
+            return self._padded(rows, offsets, experts)
+        kernel: Kernel = "grouped_mm" if backend == "grouped_mm" else "loop"
+        with _Grouped(partial(grouped_linear, offsets=offsets, experts=experts, kernel=kernel)):
+            return _output(self.layer(rows.unsqueeze(0))).squeeze(0)
+
+    def every(self, tokens: Tensor, shares: Tensor) -> Tensor:
+        """sum_e shares[:, e] f_e(tokens), every expert on all `tokens` [tokens, d_model]: the reference.
+
+        `shares` [tokens, experts] is 0 where a token is not sent.
+        """
+        stacks = {name: stack.unbind(0) for name, stack in self.layer.named_parameters()}
+        total = torch.zeros_like(tokens, dtype=torch.promote_types(tokens.dtype, shares.dtype))
+        for expert in range(self.num_experts):
+            weights = {name: stack[expert] for name, stack in stacks.items()}
+            output = _output(torch.func.functional_call(self.layer, weights, (tokens.unsqueeze(0),))).squeeze(0)
+            total = total + shares[:, expert, None] * output
+        return total
+
+    def _padded(self, rows: Tensor, offsets: Tensor, experts: Tensor) -> Tensor:
+        """As many rows for each expert as the busiest has, and one batched product for each linear map."""
+        if not rows.shape[0]:
+            return rows
+        starts = torch.cat([offsets.new_zeros(1), offsets])
+        room = max(1, int(starts.diff().max()))
+        places = experts * room + torch.arange(rows.shape[0], device=rows.device) - starts[experts]
+        owned = torch.arange(rows.shape[0], device=rows.device) < offsets[-1]
+        places = torch.where(owned, places, self.num_experts * room)
+        padded = rows.new_zeros(self.num_experts * room + 1, rows.shape[1]).index_copy(0, places, rows)[:-1]
+        with _Grouped(partial(_batched_linear, room=room)):
+            output = _output(self.layer(padded.unsqueeze(0))).squeeze(0)
+        return torch.cat([output, output.new_zeros(1, output.shape[1])]).index_select(0, places)
 
     def _one_by_one(self, rows: Tensor, offsets: Tensor) -> Tensor:
         # unbind, not weight[e]: each index would make a gradient of the full stack's size.
@@ -65,17 +112,17 @@ class Experts(nn.Module):
 
 
 class _Grouped(TorchFunctionMode):
-    """While it is on, a linear map with a stacked weight [experts, out, in] is a grouped product."""
+    """While it is on, a linear map with a stacked weight [experts, out, in] is `product` (rows, weight, bias)."""
 
-    def __init__(self, offsets: Tensor, experts: Tensor) -> None:
+    def __init__(self, product: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> None:
         super().__init__()
-        self.offsets, self.experts = offsets, experts
+        self.product = product
 
     def __torch_function__(
         self, func: object, types: object, args: tuple[Tensor, ...] = (), kwargs: Mapping[str, Tensor] | None = None
     ) -> object:
         if func is functional.linear and args[1].dim() == 3:
-            return _linear(self.offsets, self.experts, *args, **(kwargs or {}))
+            return _linear(self.product, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))  # type: ignore[operator]
 
 
@@ -87,8 +134,9 @@ class _Trial(_Grouped):
     """Raises `_NotLinear` where a stacked parameter is used by anything but a linear map."""
 
     def __init__(self, stacks: Iterable[Tensor]) -> None:
+        offsets = torch.zeros(2, dtype=torch.int32, device="meta")
         super().__init__(
-            torch.zeros(2, dtype=torch.int32, device="meta"), torch.zeros(4, dtype=torch.long, device="meta")
+            partial(grouped_linear, offsets=offsets, experts=torch.zeros(4, dtype=torch.long, device="meta"))
         )
         self.stacks = {id(stack) for stack in stacks}
 
@@ -107,9 +155,20 @@ class _Trial(_Grouped):
         return result  # its shape, its dtype
 
 
-def _linear(offsets: Tensor, experts: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    rows = grouped_linear(input.reshape(-1, input.shape[-1]), weight, bias, offsets, experts)
+def _linear(
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    rows = product(input.reshape(-1, input.shape[-1]), weight, bias)
     return rows.view(*input.shape[:-1], rows.shape[-1])
+
+
+def _batched_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, *, room: int) -> Tensor:
+    """`rows` [experts * room, in]."""
+    product = torch.matmul(rows.view(-1, room, rows.shape[1]), weight.transpose(1, 2))
+    return (product if bias is None else product + bias.unsqueeze(1)).flatten(0, 1)
 
 
 def _stacked(provider: FFNProvider, num_experts: int, sizes: tuple[int, int, float, str]) -> nn.Module:

@@ -29,6 +29,22 @@ def load_balance_loss(logits: Tensor, expert_mask: Tensor) -> Tensor:
     return (logits.shape[-1] * share * mean_probability).sum()
 
 
+def sequence_balance_loss(gates: Tensor, indices: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The mean over sequences of E sum_e f_e P_e, each taken within one sequence: 1 when balanced.
+
+    `gates` [batch, seq, experts] are positive and are divided by their sum over the experts; `indices` [batch, seq, k];
+    `mask` [batch, seq] is False for padding.
+
+    DeepSeek-V3 2024, arXiv:2412.19437, eq. 17-20.
+    """
+    counted = gates.new_ones(gates.shape[:2]) if mask is None else mask.to(gates.dtype)
+    sent = torch.zeros_like(gates).scatter_(2, indices, 1.0) * counted.unsqueeze(-1)
+    share = sent.sum(1) / sent.sum((1, 2)).clamp(min=1).unsqueeze(-1)
+    probability = gates / gates.sum(-1, keepdim=True) * counted.unsqueeze(-1)
+    mean_probability = probability.sum(1) / counted.sum(1).clamp(min=1).unsqueeze(-1)
+    return (gates.shape[-1] * share.detach() * mean_probability).sum(-1).mean()
+
+
 def z_loss(logits: Tensor, counted: Tensor | None = None) -> Tensor:
     """mean (logsumexp logits)^2 over the tokens where `counted` [tokens] is True: keeps the router's logits small.
 

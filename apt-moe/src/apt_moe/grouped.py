@@ -1,21 +1,35 @@
 """A linear layer of many experts in one product: row n is multiplied by the matrix of the expert that owns it.
 
-`torch.nn.functional.grouped_mm` does this, with traps on the CPU (torch 2.13): no float32 under compile or on the meta
-device, an error on expanded gradients and on sizes that are no multiple of 16 bytes, rows behind the last offset left
-uninitialised, autocast ignored, and 0 counted FLOPs. The two operators here wrap it and have none of them.
+There are two kernels. ``loop`` is a matrix product for each expert that owns rows; on the CPU nothing was measured to be
+faster, since `torch.nn.functional.grouped_mm` is the same loop there, its gradient's memory is fresh at every step, and a
+product with few rows is twice as fast with the operands exchanged. ``grouped_mm`` is one kernel on GPUs of compute
+capability 9 and newer. It has traps on the CPU (torch 2.13): no float32 under compile or on the meta device, an error on
+expanded gradients and on sizes that are no multiple of 16 bytes, rows behind the last offset left uninitialised, autocast
+ignored, and 0 counted FLOPs. The operators here wrap both kernels and have none of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
+from apt_moe.recycle import recycler
 
-def grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, experts: Tensor) -> Tensor:
+Kernel = Literal["loop", "grouped_mm"]
+
+FEW = 16
+"""Rows up to which W x^T is faster than x W^T on the CPU (measured, `benchmarks/moe.py kernels`)."""
+
+
+def grouped_linear(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, experts: Tensor, kernel: Kernel = "loop"
+) -> Tensor:
     """``rows[n] @ weight[e].T + bias[e]`` with e the expert of row n; rows that no expert owns give ``bias[e]``.
 
     `rows` [rows, in], sorted by expert; `weight` [experts, out, in]; `bias` [experts, out]; `offsets` [experts] int32,
@@ -26,55 +40,137 @@ def grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: T
         dtype = torch.get_autocast_dtype(device)
         rows, weight = rows.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    product: Tensor = torch.ops.apt_moe.grouped_mm(rows, weight, offsets)
+    if (
+        kernel == "loop"
+        and device == "cpu"
+        and type(rows) in (Tensor, nn.Parameter)
+        and not torch.compiler.is_compiling()
+    ):
+        # An operator of our own costs a tenth of a millisecond a call, as much as the product of one token.
+        product: Tensor = _Product.apply(rows, weight, offsets, kernel)  # type: ignore[no-untyped-call]
+    else:
+        product = torch.ops.apt_moe.grouped_mm(rows, weight, offsets, kernel)
     return product if bias is None else product + bias.index_select(0, experts)
 
 
-@torch.library.custom_op("apt_moe::grouped_mm", mutates_args=())
-def grouped_mm(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """[rows, in] by [experts, out, in] -> [rows, out]; rows behind the last offset give 0."""
-    if _aligned(rows, weight):
-        product = functional.grouped_mm(rows.contiguous(), weight.transpose(1, 2), offs=offsets)
+def _multiply(rows: Tensor, weight: Tensor, offsets: Tensor, kernel: str, transpose: bool) -> Tensor:
+    """``rows[n] @ weight[e]``, or ``weight[e].T`` where `transpose` is set; rows behind the last offset give 0."""
+    if kernel == "grouped_mm" and _aligned(rows, weight):
+        product = functional.grouped_mm(
+            rows.contiguous(), weight.transpose(1, 2) if transpose else weight, offs=offsets
+        )
         return _clear_tail(product, offsets)
-    product = rows.new_zeros(rows.shape[0], weight.shape[1])
+    product = rows.new_empty(rows.shape[0], weight.shape[1 if transpose else 2])
+    upcast = _is_slow(rows)
+    matrices = weight.unbind(0)
+    end = 0
     for expert, start, end in _spans(offsets):
-        torch.mm(rows[start:end], weight[expert].t(), out=product[start:end])
+        block, matrix = rows[start:end], matrices[expert]
+        if upcast:
+            block, matrix = block.float(), matrix.float()
+            product[start:end] = block @ (matrix.t() if transpose else matrix)
+        elif transpose and end - start <= FEW:
+            product[start:end] = torch.mm(matrix, block.t()).t()
+        else:
+            torch.mm(block, matrix.t() if transpose else matrix, out=product[start:end])
+    product[end:] = 0
     return product
+
+
+def _outer(grad: Tensor, rows: Tensor, offsets: Tensor, kernel: str) -> Tensor:
+    """The gradient of the product to its weight: [rows, out] and [rows, in] -> [experts, out, in]."""
+    if kernel == "grouped_mm" and _aligned(grad, rows):
+        return functional.grouped_mm(grad.contiguous().t(), rows.contiguous(), offs=offsets)
+    shape = (offsets.shape[0], grad.shape[1], rows.shape[1])
+    product = recycler.empty(shape, rows.dtype) if rows.device.type == "cpu" else rows.new_empty(shape)
+    upcast = _is_slow(rows)
+    empty = set(range(shape[0]))
+    matrices = product.unbind(0)
+    for expert, start, end in _spans(offsets):
+        empty.discard(expert)
+        left, right = grad[start:end].t(), rows[start:end]
+        if upcast:
+            matrices[expert].copy_(left.float() @ right.float())
+        else:
+            torch.mm(left, right, out=matrices[expert])
+    for expert in empty:
+        matrices[expert].zero_()
+    return product
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(rows: Tensor, weight: Tensor, offsets: Tensor, kernel: str) -> Tensor:
+        return _multiply(rows, weight, offsets, kernel, True)
+
+    @staticmethod
+    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        _save(ctx, inputs, output)
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+        rows, weight, offsets = ctx.saved_tensors  # type: ignore[attr-defined]
+        needs_rows, needs_weight, *_ = ctx.needs_input_grad  # type: ignore[attr-defined]
+        kernel, grad = ctx.kernel, grad.contiguous()  # type: ignore[attr-defined]
+        return (
+            _multiply(grad, weight, offsets, kernel, False) if needs_rows else None,
+            _outer(grad, rows, offsets, kernel) if needs_weight else None,
+            None,
+            None,
+        )
+
+
+@torch.library.custom_op("apt_moe::grouped_mm", mutates_args=())
+def grouped_mm(rows: Tensor, weight: Tensor, offsets: Tensor, kernel: str) -> Tensor:
+    """[rows, in] by [experts, out, in] -> [rows, out]; rows behind the last offset give 0."""
+    return _multiply(rows, weight, offsets, kernel, True)
+
+
+@torch.library.custom_op("apt_moe::grouped_mm_back", mutates_args=())
+def grouped_mm_back(grad: Tensor, weight: Tensor, offsets: Tensor, kernel: str) -> Tensor:
+    """The gradient of `grouped_mm` to its rows: [rows, out] by [experts, out, in] -> [rows, in]."""
+    return _multiply(grad, weight, offsets, kernel, False)
 
 
 @torch.library.custom_op("apt_moe::grouped_outer", mutates_args=())
-def grouped_outer(grad: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
+def grouped_outer(grad: Tensor, rows: Tensor, offsets: Tensor, kernel: str) -> Tensor:
     """The gradient of `grouped_mm` to its weight: [rows, out] and [rows, in] -> [experts, out, in]."""
-    if _aligned(grad, rows):
-        return functional.grouped_mm(grad.contiguous().t(), rows.contiguous(), offs=offsets)
-    product = rows.new_zeros(offsets.shape[0], grad.shape[1], rows.shape[1])
-    for expert, start, end in _spans(offsets):
-        torch.mm(grad[start:end].t(), rows[start:end], out=product[expert])
-    return product
+    return _outer(grad, rows, offsets, kernel)
 
 
 @grouped_mm.register_fake
-def _(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def _(rows: Tensor, weight: Tensor, offsets: Tensor, kernel: str) -> Tensor:
     return rows.new_empty(rows.shape[0], weight.shape[1])
 
 
+@grouped_mm_back.register_fake
+def _(grad: Tensor, weight: Tensor, offsets: Tensor, kernel: str) -> Tensor:
+    return grad.new_empty(grad.shape[0], weight.shape[2])
+
+
 @grouped_outer.register_fake
-def _(grad: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
+def _(grad: Tensor, rows: Tensor, offsets: Tensor, kernel: str) -> Tensor:
     return rows.new_empty(offsets.shape[0], grad.shape[1], rows.shape[1])
 
 
 def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.kernel = inputs  # type: ignore[attr-defined]
+    ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+def _backward(
+    ctx: torch.autograd.function.FunctionCtx, grad: Tensor
+) -> tuple[Tensor | None, Tensor | None, None, None]:
     rows, weight, offsets = ctx.saved_tensors  # type: ignore[attr-defined]
-    needs_rows, needs_weight, _ = ctx.needs_input_grad  # type: ignore[attr-defined]
-    operators = torch.ops.apt_moe
+    needs_rows, needs_weight, *_ = ctx.needs_input_grad  # type: ignore[attr-defined]
+    operators, kernel = torch.ops.apt_moe, ctx.kernel  # type: ignore[attr-defined]
     grad = grad.contiguous()
     return (
-        operators.grouped_mm(grad, weight.transpose(1, 2), offsets) if needs_rows else None,
-        operators.grouped_outer(grad, rows, offsets) if needs_weight else None,
+        operators.grouped_mm_back(grad, weight, offsets, kernel) if needs_rows else None,
+        operators.grouped_outer(grad, rows, offsets, kernel) if needs_weight else None,
+        None,
         None,
     )
 
@@ -82,7 +178,7 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[T
 grouped_mm.register_autograd(_backward, setup_context=_save)
 
 
-@register_flop_formula(torch.ops.apt_moe.grouped_mm)
+@register_flop_formula([torch.ops.apt_moe.grouped_mm, torch.ops.apt_moe.grouped_mm_back])
 def _(rows: tuple[int, int], weight: tuple[int, int, int], *args: object, **kwargs: object) -> int:
     return 2 * rows[0] * weight[1] * weight[2]
 
@@ -90,6 +186,16 @@ def _(rows: tuple[int, int], weight: tuple[int, int, int], *args: object, **kwar
 @register_flop_formula(torch.ops.apt_moe.grouped_outer)
 def _(grad: tuple[int, int], rows: tuple[int, int], *args: object, **kwargs: object) -> int:
     return 2 * grad[0] * grad[1] * rows[1]
+
+
+@cache
+def _has_bf16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _is_slow(rows: Tensor) -> bool:
+    """Whether a product in this dtype is slower by tens than one in float32: bfloat16 on CPUs without its instructions."""
+    return rows.device.type == "cpu" and rows.dtype == torch.bfloat16 and not _has_bf16()
 
 
 def _aligned(*operands: Tensor) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from apt.core.providers import RouterProvider
 from apt.layers import Part, as_part
 from apt_moe import dispatch, functional
-from apt_moe.experts import Experts
+from apt_moe.experts import Backend, Experts, choose_backend
 from apt_moe.upcycling import Upcycling
 
 
@@ -42,6 +44,7 @@ class MixtureOfExperts(nn.Module):
         shared: Sequence[nn.Module] = (),
         granularity: int = 1,
         upcycling: Upcycling = Upcycling(),  # noqa: B008  it is frozen
+        backend: Backend | Literal["auto"] = "auto",
     ) -> None:
         super().__init__()
         self.active = True
@@ -51,35 +54,62 @@ class MixtureOfExperts(nn.Module):
         self.dense = dense
         self.shared = nn.ModuleList(shared) if shared else None
         self.granularity, self.upcycling = granularity, upcycling
+        self.backend = backend
+        self.takes_tokens = bool(getattr(router_provider, "takes_tokens", False))
+        """Whether the router asks for the tokens' ids."""
         self.shared_scale = 1.0 if dense is None else 1 / (1 + len(shared))
         self.routed_scale = 1.0 if dense is None else granularity * self.shared_scale
         self.register_buffer("capacity_factor", torch.tensor(capacity_factor, dtype=torch.float32))
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Part:
-        """`x` [batch, seq, d_model]; `mask` [batch, seq], False for padding, which counts in no loss and no metric."""
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, tokens: Tensor | None = None) -> Part:
+        """`x` [batch, seq, d_model]; `mask` [batch, seq], False for padding, which counts in no loss and no metric.
+
+        `tokens` [batch, seq], the ids, are for routers that ask for them.
+        """
         if not self.active:
             if self.dense is None:
                 raise RuntimeError("this mixture holds no dense layer to run while it is off; give it upcycle: true")
             return as_part(self.dense(x, mask=mask))
         routed = {} if mask is None else {"mask": mask}
+        if self.takes_tokens and tokens is not None:
+            routed["tokens"] = tokens
         indices, weights, losses = self.router_provider.route(self.router, x, self.training, **routed)
         indices, weights = indices.flatten(0, 1), weights.flatten(0, 1)
         counted = None if mask is None else mask.flatten()
         limit = None
-        if self.training:
+        if self._is_limited() and self.router_provider.supports_dynamic_capacity():
             limit = functional.capacity(
                 indices.numel(), self.experts.num_experts, indices.shape[1], self.capacity_factor
             )
-        plan = dispatch.plan(indices, self.experts.num_experts, limit=limit, counted=counted)
-        rows = dispatch.dispatch(x.flatten(0, 1), plan)
-        rows = self.experts(rows, plan.offsets, plan.experts)
-        output = dispatch.combine(rows, weights, plan).to(x.dtype).view_as(x)
+        sent = weights > 0 if self.router_provider.supports_expert_choice() else None
+        plan = dispatch.plan(indices, self.experts.num_experts, limit=limit, counted=counted, sent=sent)
+        output = self._run(x.flatten(0, 1), indices, weights, plan).to(x.dtype).view_as(x)
         if self.routed_scale != 1:
             output = output * self.routed_scale
         if self.shared is not None:
             for expert in self.shared:
                 output = output + as_part(expert(x, mask=mask)).output * self.shared_scale
         return Part(output, losses, self._metrics(x, indices, plan, mask))
+
+    def _run(self, tokens: Tensor, indices: Tensor, weights: Tensor, plan: dispatch.Plan) -> Tensor:
+        """sum_e w_e f_e(x) for `tokens` [tokens, d_model]; `indices` and `weights` [tokens, k]."""
+        backend = self.backend
+        if backend == "auto":
+            backend = choose_backend(tokens.device, self.experts.largest)
+        if backend == "naive":
+            kept = weights if plan.kept is None else weights * plan.kept.view_as(weights)
+            shares = kept.new_zeros(len(tokens), self.experts.num_experts).scatter_add(1, indices, kept)
+            return self.experts.every(tokens, shares)
+        rows = self.experts(dispatch.dispatch(tokens, plan), plan.offsets, plan.experts, backend)
+        return dispatch.combine(rows, weights, plan)
+
+    def _is_limited(self) -> bool:
+        """Whether a capacity is to be kept; known without waiting for a device only in eager mode on the CPU."""
+        if not self.training:
+            return False
+        if torch.compiler.is_compiling() or self.capacity_factor.device.type != "cpu":
+            return True
+        return math.isfinite(self.capacity_factor.item())
 
     def idle(self) -> list[nn.Module]:
         """The dense layer once the experts are on, and the experts and their router until then."""
@@ -89,13 +119,26 @@ class MixtureOfExperts(nn.Module):
 
     @torch.no_grad()
     def _metrics(self, x: Tensor, indices: Tensor, plan: dispatch.Plan, mask: Tensor | None) -> dict[str, Tensor]:
+        if not self.training and x.shape[1] == 1:
+            return {}  # one position is decoding, and nobody reads metrics there
         counted = None if mask is None else mask.flatten().repeat_interleave(plan.top_k)
-        load = dispatch.count(indices.flatten(), self.experts.num_experts, counted).float()
+        if plan.kept is None and counted is None:
+            load = plan.offsets.diff(prepend=plan.offsets.new_zeros(1)).float()
+        else:
+            load = dispatch.count(indices.flatten(), self.experts.num_experts, counted).float()
         total = load.sum().clamp(min=1)
         metrics = {"moe_load": load / total, "moe_dropped": x.new_zeros(())}
         if plan.kept is not None:
-            dropped = ~plan.kept if counted is None else ~plan.kept & counted
-            metrics["moe_dropped"] = dropped.sum() / total
+            kept = plan.kept if counted is None else plan.kept & counted
+            if self.router_provider.supports_expert_choice():
+                sent = kept.view_as(indices)
+                load = sent.sum(0).float()
+                metrics["moe_load"] = load / load.sum().clamp(min=1)
+                # What no expert chose goes by the residual.
+                tokens = len(sent) if mask is None else mask.sum()
+                metrics["moe_dropped"] = 1 - sent.any(-1).sum() / tokens
+            else:
+                metrics["moe_dropped"] = 1 - kept.sum() / total
         if not self.training:
             metrics |= self.router_provider.observe(self.router, x, mask)
         return metrics

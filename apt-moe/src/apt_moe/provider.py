@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from apt.core.provider import Slot
 from apt.core.providers import FFNProvider, RouterProvider
@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from apt_moe.layer import MixtureOfExperts
 
 __all__ = ["MoE", "TopK"]
+
+
+class Every(BaseModel):
+    """The last block of each `every`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    every: int = Field(ge=1, description="one block with experts in this many")
 
 
 class MoE(FFNProvider):
@@ -39,8 +47,15 @@ class MoE(FFNProvider):
         ge=1,
         description="each expert is split into this many of d_ff / granularity; a token gets as many times top_k of them",
     )
+    layers: Literal["all"] | Every | tuple[int, ...] = Field(
+        default="all",
+        description="which blocks have experts: all, {every: n} (the last of each n), or a list from 0; others hold one expert",
+    )
     shared: int = Field(
         default=0, ge=0, description="experts of the full width that serve every token, without a weight"
+    )
+    backend: Literal["auto", "naive", "loop", "bmm", "grouped_mm"] = Field(
+        default="auto", description="how experts are run: auto takes the fastest for the device and the sizes"
     )
     moments: Literal["copied", "fresh", "scaled"] = Field(
         default="copied", description="the optimizer's state of the experts at the switch"
@@ -73,6 +88,24 @@ class MoE(FFNProvider):
             raise ValueError(f"an expert is always on, but {expert.get_name()} is switched by {expert.switched_by}")
         return expert
 
+    @field_validator("layers")
+    @classmethod
+    def _some_layers(cls, layers: str | Every | tuple[int, ...]) -> str | Every | tuple[int, ...]:
+        if isinstance(layers, tuple):
+            if not layers or len(set(layers)) < len(layers) or min(layers) < 0:
+                raise ValueError(f"{list(layers)} is no list of different blocks; they count from 0")
+            return tuple(sorted(layers))
+        return layers
+
+    def at_layer(self, index: int, num_layers: int) -> FFNProvider:
+        """This provider in the blocks that `layers` names, else the expert's own."""
+        if isinstance(self.layers, tuple) and self.layers[-1] >= num_layers:
+            fault = Fault("ffn.moe.layers", f"there is no block {self.layers[-1]}: the model has {num_layers}, from 0")
+            raise OptionsError("ffn", self.get_name(), [fault])
+        if isinstance(self.layers, Every):
+            return self if (index + 1) % self.layers.every == 0 else self.expert
+        return self if self.layers == "all" or index in self.layers else self.expert
+
     def create_layer(self, d_model: int, d_ff: int, dropout: float = 0.0, activation: str = "gelu") -> MixtureOfExperts:
         """A mixture whose experts each have the hidden width `d_ff`, or its part where they are fine-grained."""
         from apt_moe.experts import Experts, make_layer
@@ -91,6 +124,7 @@ class MoE(FFNProvider):
             math.inf if self.capacity is None else self.capacity,
             shared=[make_layer(self.expert, sizes) for _ in range(self.shared)],
             granularity=self.granularity,
+            backend=self.backend,
             upcycling=Upcycling(self.redraw, self.moments, self.redraw_seed),
         )
 

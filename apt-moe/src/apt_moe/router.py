@@ -98,3 +98,37 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     device = x.device.type
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         return functional.linear(x.float(), weight.float())
+
+
+class FixedRouter(nn.Module):
+    """Nothing to learn; how experts are fixed or drawn is in its methods. All give indices [batch, seq, k]."""
+
+    def __init__(self, num_experts: int, top_k: int) -> None:
+        super().__init__()
+        self.num_experts, self.top_k = num_experts, top_k
+
+    def hashed(self, tokens: Tensor, seed: int) -> Tensor:
+        """The experts with the largest hash of (id, expert, seed); `tokens` [batch, seq]."""
+        experts = torch.arange(self.num_experts, device=tokens.device)
+        mixed = tokens.long().unsqueeze(-1) * self.num_experts + experts + seed * _PRIMES[2]
+        for prime in _PRIMES[:2]:
+            # Integers wrap around, and the shift brings high bits down (Steele et al. 2014, SplitMix64).
+            mixed = (mixed ^ ((mixed >> 30) & 0x3FFFFFFFF)) * prime
+        return (mixed ^ ((mixed >> 31) & 0x1FFFFFFFF)).topk(self.top_k, dim=-1).indices
+
+    def drawn(self, inputs: Tensor) -> Tensor:
+        """Different experts for each token, all equally likely; `inputs` [batch, seq, d_model]."""
+        scores = torch.rand(*inputs.shape[:2], self.num_experts, device=inputs.device)
+        return scores.topk(self.top_k, dim=-1).indices
+
+    def first(self, inputs: Tensor) -> Tensor:
+        """The first k for every token."""
+        return torch.arange(self.top_k, device=inputs.device).expand(*inputs.shape[:2], self.top_k)
+
+    def equal_weights(self, indices: Tensor) -> Tensor:
+        """1/k for each choice."""
+        return torch.full(indices.shape, 1 / self.top_k, dtype=torch.float32, device=indices.device)
+
+
+_PRIMES = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, 0x2545F4914F6CDD1D)
+"""The constants of SplitMix64 as signed numbers, and one for seeds."""

@@ -170,6 +170,11 @@ class SigmoidBias(RouterProvider):
     bias_rate: float = Field(default=0.001, gt=0, description="how far b moves in one step")
     route_scale: float = Field(default=1.0, gt=0, description="multiplies the weights; they sum to it")
     temperature: float = Field(default=1.0, gt=0, description="divides the scores; the schedule route_temp moves it")
+    sequence_balance: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of a load-balance loss within each sequence (arXiv:2412.19437, eq. 17-20)",
+    )
     init_std: float = Field(default=0.02, gt=0, description="standard deviation of the router's weights at the start")
 
     @model_validator(mode="after")
@@ -191,7 +196,8 @@ class SigmoidBias(RouterProvider):
     def route(
         self, router: nn.Module, inputs: Tensor, train: bool = True, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """See `RouterProvider.route`; there are no losses. In training the load is counted for the next step of b."""
+        """See `RouterProvider.route`. In training the load is counted for the next step of b."""
+        from apt_moe import functional
         from apt_moe.router import BiasRouter
 
         if not isinstance(router, BiasRouter):
@@ -199,9 +205,13 @@ class SigmoidBias(RouterProvider):
         gates = router(inputs).sigmoid()
         indices = (gates + router.bias).topk(router.top_k, dim=-1).indices
         chosen = gates.gather(-1, indices)
+        losses = {}
         if train:
             router.count(indices, mask)
-        return indices, self.route_scale * chosen / chosen.sum(-1, keepdim=True), {}
+            if self.sequence_balance:
+                loss = functional.sequence_balance_loss(gates, indices, mask)
+                losses["sequence_balance_loss"] = self.sequence_balance * loss
+        return indices, self.route_scale * chosen / chosen.sum(-1, keepdim=True), losses
 
     def compute_load_balance_loss(self, router_logits: Tensor, expert_mask: Tensor) -> Tensor:
         """See `apt_moe.functional.load_balance_loss`; for reports, it is never added."""

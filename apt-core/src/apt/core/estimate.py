@@ -68,6 +68,7 @@ def estimate(config: APTConfig, resolved: Resolved) -> Estimate:
     assert isinstance(attention, AttentionProvider)
     assert isinstance(ffn, FFNProvider)
     width, length, blocks = config.d_model, config.max_seq_len, config.num_blocks
+    ffns = [ffn.at_layer(index, blocks) for index in range(blocks)]
     norm = width * (2 if config.norm == "layernorm" else 1)
     vocabulary = config.vocab_size * width
     attention_size = blocks * attention.get_parameter_count(width, config.num_heads)
@@ -90,9 +91,9 @@ def estimate(config: APTConfig, resolved: Resolved) -> Estimate:
             "ffn",
             ffn.get_name(),
             blocks,
-            blocks * ffn.get_parameter_count(width, config.d_ff),
-            blocks * ffn.get_active_parameter_count(width, config.d_ff),
-            blocks * ffn.get_flops_estimate(length, width, config.d_ff) / length,
+            sum(each.get_parameter_count(width, config.d_ff) for each in ffns),
+            sum(each.get_active_parameter_count(width, config.d_ff) for each in ffns),
+            sum(each.get_flops_estimate(length, width, config.d_ff) for each in ffns) / length,
         ),
         PartCost("norms", config.norm, 2 * blocks + 1, (2 * blocks + 1) * norm, (2 * blocks + 1) * norm, 0.0),
         PartCost(
@@ -115,23 +116,20 @@ def estimate(config: APTConfig, resolved: Resolved) -> Estimate:
         weights=BYTES * parameters,
         gradients=BYTES * parameters,
         optimizer=2 * BYTES * parameters,
-        activations=kept_passes * _activations(config, attention, ffn),
+        activations=kept_passes * _activations(config, attention, ffns),
         cache_per_token=BYTES * blocks * attention.get_cache_size(width, config.num_heads),
         step_cost=passes,
     )
 
 
-def _activations(config: APTConfig, attention: AttentionProvider, ffn: FFNProvider) -> int:
+def _activations(config: APTConfig, attention: AttentionProvider, ffns: list[FFNProvider]) -> int:
     """Bytes that one training forward keeps for its backward pass, and the logits' gradient."""
     batch, length, width = config.training.batch_size, config.max_seq_len, config.d_model
     tokens = batch * length
     norm = BYTES * tokens * (width + 2)  # its input, and each row's mean and deviation
     dropped = tokens * width * (config.dropout > 0)  # a mask of a byte each
-    block = (
-        attention.get_memory_estimate(length, width, config.num_heads, batch)
-        + ffn.get_memory_estimate(length, width, config.d_ff, batch)
-        + 2 * (norm + dropped)
-    )
+    block = attention.get_memory_estimate(length, width, config.num_heads, batch) + 2 * (norm + dropped)
+    mapped = sum(each.get_memory_estimate(length, width, config.d_ff, batch) for each in ffns)
     # log_softmax keeps one copy of the logits; its backward makes another.
     head = norm + BYTES * tokens * width + 2 * BYTES * tokens * config.vocab_size
-    return config.num_blocks * block + head + dropped
+    return config.num_blocks * block + mapped + head + dropped

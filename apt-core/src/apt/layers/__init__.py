@@ -66,7 +66,10 @@ class AttentionLayer(Protocol):
 
 
 class FFNLayer(Protocol):
-    """An `nn.Module` that maps each token by itself."""
+    """An `nn.Module` that maps each token by itself.
+
+    One that has `takes_tokens` set to True is also given the tokens' ids, ``tokens=`` [batch, seq].
+    """
 
     def __call__(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor | Part:
         """`x` [batch, seq, d_model]; `mask` [batch, seq], True for tokens that count in losses and metrics."""

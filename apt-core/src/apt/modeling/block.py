@@ -26,12 +26,17 @@ class TransformerBlock(nn.Module):
         mask: Bool[Tensor, "batch kv"] | None = None,
         positions: Int[Tensor, "#batch seq"] | None = None,
         cache: LayerCache | None = None,
+        tokens: Int[Tensor, "batch seq"] | None = None,
     ) -> Part:
-        """`mask` is True for tokens that are there; with a `cache` it covers the earlier ones too."""
+        """`mask` is True for tokens that are there; with a `cache` it covers the earlier ones too.
+
+        `tokens` are the ids, for a feed-forward layer that asks for them.
+        """
         attended = as_part(self.attention(self.attention_norm(x), mask=mask, positions=positions, cache=cache))
         x = x + self.dropout(attended.output)
         here = None if mask is None else mask[:, -x.shape[1] :]
-        mapped = as_part(self.ffn(self.ffn_norm(x), mask=here))
+        asked = {"tokens": tokens} if getattr(self.ffn, "takes_tokens", False) else {}
+        mapped = as_part(self.ffn(self.ffn_norm(x), mask=here, **asked))
         losses = {**attended.losses, **mapped.losses}
         metrics = {**attended.metrics, **mapped.metrics}
         if len(losses) < len(attended.losses) + len(mapped.losses):

@@ -72,10 +72,17 @@ class ModelBuilder:
         dropout: float | None = None,
         activation: str | None = None,
         name: str | None = None,
+        *,
+        index: int | None = None,
         **options: object,
     ) -> nn.Module:
-        """A feed-forward layer. The block drops its output; `dropout` here is the layer's own, 0 unless given."""
+        """A feed-forward layer, the one of block `index` where blocks differ.
+
+        The block drops its output; `dropout` here is the layer's own, 0 unless given.
+        """
         provider = self._provider("ffn", FFNProvider, name, options)
+        if index is not None:
+            provider = provider.at_layer(index, self.config.num_blocks)
         layer = provider.create_layer(
             _given(d_model, self.config.d_model),
             _given(d_ff, self.config.d_ff),
@@ -131,11 +138,10 @@ class ModelBuilder:
         count = _given(top_k, getattr(provider, "top_k", 5))
         return provider.create_retriever(_given(d_model, self.config.d_model), count)
 
-    def build_block(self) -> TransformerBlock:
-        """One block of the profile."""
-        return TransformerBlock(
-            self.build_attention(), self.build_ffn(), self._norm(), self._norm(), self.config.dropout
-        )
+    def build_block(self, index: int | None = None) -> TransformerBlock:
+        """One block of the profile, number `index` where blocks differ."""
+        ffn = self.build_ffn(index=index)
+        return TransformerBlock(self.build_attention(), ffn, self._norm(), self._norm(), self.config.dropout)
 
     def build_model(self) -> Decoder:
         """The profile's model, with everything that it will ever switch on.
@@ -148,7 +154,7 @@ class ModelBuilder:
         attention = self._provider("attention", AttentionProvider, None, {})
         return Decoder(
             _table(config.vocab_size, config.d_model),
-            [self.build_block() for _ in range(config.num_blocks)],
+            [self.build_block(index) for index in range(config.num_blocks)],
             self._norm(),
             dropout=config.dropout,
             max_seq_len=config.max_seq_len,

@@ -16,7 +16,8 @@ from apt.layers import LayerCache, Output
 
 
 class Decoder(nn.Module):
-    """tokens [batch, seq] -> `Output`. Losses of the blocks are summed, their metrics averaged.
+    """tokens [batch, seq] -> `Output`. Losses of the blocks are summed, their metrics averaged; of metrics that are
+    vectors, those of block i are there too, as ``name.i``.
 
     `aligner` is the part that an align provider made; the model holds it, so that its state is saved with the rest,
     and never calls it.
@@ -75,14 +76,16 @@ class Decoder(nn.Module):
         for index, block in enumerate(self.blocks):
             here = None if cache is None else cache[index]
             if self.recompute and self.training and here is None:
-                part = checkpoint(block, x, mask=mask, positions=positions, use_reentrant=False)
+                part = checkpoint(block, x, mask=mask, positions=positions, tokens=tokens, use_reentrant=False)
             else:
-                part = block(x, mask=mask, positions=positions, cache=here)
+                part = block(x, mask=mask, positions=positions, cache=here, tokens=tokens)
             x, more, seen = part
             for name, loss in more.items():
                 losses[name] = losses[name] + loss if name in losses else loss
             for name, metric in seen.items():
                 metrics.setdefault(name, []).append(metric)
+                if metric.dim():
+                    metrics[f"{name}.{index}"] = [metric]
         hidden = self.norm(x if last is None else x[:, -last:])
         means = {name: torch.stack(values).mean(0) for name, values in metrics.items()}
         return Output(self.head(hidden), hidden, losses, means)
@@ -113,7 +116,7 @@ class Decoder(nn.Module):
         positions = _count_positions(mask, 0, tokens)
         x = self._embed(tokens, positions)
         for block in self.blocks[:depth]:
-            x = block(x, mask=mask, positions=positions).output
+            x = block(x, mask=mask, positions=positions, tokens=tokens).output
         return x
 
     def _embed(self, tokens: Tensor, positions: Tensor | None) -> Tensor:

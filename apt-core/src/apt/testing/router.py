@@ -20,13 +20,23 @@ def _parts(subject: Subject) -> tuple[RouterProvider, nn.Module, Tensor]:
     return provider, router, torch.randn(3, 40, D_MODEL, generator=torch.Generator().manual_seed(1))
 
 
+def _route(
+    provider: RouterProvider, router: nn.Module, x: Tensor, train: bool, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Route, with ids for a router that asks for them: the same for each token wherever it stands."""
+    given: dict[str, Tensor] = {} if mask is None else {"mask": mask}
+    if getattr(provider, "takes_tokens", False):
+        given["tokens"] = (x.sum(-1) * 1e4).long()
+    return provider.route(router, x, train, **given)
+
+
 @check("router")
 def choices(subject: Subject) -> None:
     """Each token goes to top_k different experts that exist."""
     provider, router, x = _parts(subject)
     for train in (True, False):
-        indices, weights, _ = provider.route(router, x, train)
-        wanted = (3, 40, min(provider.top_k, EXPERTS))
+        indices, weights, _ = _route(provider, router, x, train)
+        wanted = (3, 40, EXPERTS if provider.supports_expert_choice() else min(provider.top_k, EXPERTS))
         demand(indices.shape == wanted, f"indices are {tuple(indices.shape)}, not {wanted}")
         demand(weights.shape == wanted, f"weights are {tuple(weights.shape)}, not {wanted}")
         demand(not indices.is_floating_point(), f"indices are {indices.dtype}")
@@ -39,10 +49,11 @@ def choices(subject: Subject) -> None:
 def weights(subject: Subject) -> None:
     """Weights are not negative, and of one token sum to at most 1."""
     provider, router, x = _parts(subject)
-    _, weights, _ = provider.route(router, x, False)
+    _, weights, _ = _route(provider, router, x, False)
     demand((weights >= 0).all(), "a weight is negative")
     demand((weights.sum(-1) <= 1 + 1e-5).all(), f"the weights of a token sum to {weights.sum(-1).max():.4f}")
-    demand((weights.sum(-1) > 0).all(), "a token has no weight at all")
+    if not provider.supports_expert_choice():
+        demand((weights.sum(-1) > 0).all(), "a token has no weight at all")
 
 
 @check("router")
@@ -53,7 +64,7 @@ def learns(subject: Subject) -> None:
         raise NotApplicable("the router has no parameters")
     router.train()
     torch.manual_seed(0)
-    _, weights, losses = provider.route(router, x, True)
+    _, weights, losses = _route(provider, router, x, True)
     values = torch.randn(weights.shape, generator=torch.Generator().manual_seed(2))
     ((weights * values).sum() + sum(losses.values())).backward()  # type: ignore[no-untyped-call]
     demand_gradients(router)
@@ -63,19 +74,19 @@ def learns(subject: Subject) -> None:
 def losses(subject: Subject) -> None:
     """Auxiliary losses are finite scalars that reach the router, and padding does not count in them."""
     provider, router, x = _parts(subject)
-    _, _, right = provider.route(router, x[:, :30], True)
+    _, _, right = _route(provider, router, x[:, :30], True)
     if not right:
         raise NotApplicable("the router has no auxiliary loss")
     for name, loss in right.items():
         demand(loss.dim() == 0 and loss.isfinite(), f"the loss {name} is not a finite scalar")
         demand(loss.requires_grad, f"the loss {name} is detached: it cannot balance anything")
-    again = provider.route(router, x[:, :30], True)[2]
+    again = _route(provider, router, x[:, :30], True)[2]
     if any(not torch.equal(loss, again[name]) for name, loss in right.items()):
         return  # it draws noise, another for every shape
     mask = torch.ones(3, 40, dtype=torch.bool)
     mask[:, 30:] = False
     padded = x.masked_fill(~mask.unsqueeze(-1), 30.0)
-    for name, loss in provider.route(router, padded, True, mask)[2].items():
+    for name, loss in _route(provider, router, padded, True, mask)[2].items():
         demand_close(loss, right[name], f"the loss {name} with padding and without")
 
 
@@ -101,10 +112,10 @@ def calm_in_evaluation(subject: Subject) -> None:
     provider, router, x = _parts(subject)
     router.eval()
     state = torch.get_rng_state()
-    one, two = (provider.route(router, x, False) for _ in range(2))
+    one, two = (_route(provider, router, x, False) for _ in range(2))
     demand(torch.equal(one[0], two[0]) and torch.equal(one[1], two[1]), "two calls in evaluation differ")
     demand(torch.equal(state, torch.get_rng_state()), "evaluation draws from the global random state")
-    alone = provider.route(router, x[:1], False)
+    alone = _route(provider, router, x[:1], False)
     demand(torch.equal(alone[0], one[0][:1]), "a sample is routed otherwise in a batch than alone")
 
 
@@ -113,7 +124,7 @@ def float32(subject: Subject) -> None:
     """Weights are float32, under autocast too: in bfloat16 near ties go astray."""
     provider, router, x = _parts(subject)
     with torch.autocast("cpu", torch.bfloat16):
-        weights = provider.route(router, x, False)[1]
+        weights = _route(provider, router, x, False)[1]
     demand(weights.dtype == torch.float32, f"weights are {weights.dtype} under autocast")
 
 

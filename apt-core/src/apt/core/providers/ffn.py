@@ -21,6 +21,10 @@ class FFNProvider(Provider):
     def create_layer(self, d_model: int, d_ff: int, dropout: float = 0.0, activation: str = "gelu") -> FFNLayer:
         """A layer with hidden width `d_ff`."""
 
+    def at_layer(self, index: int, num_layers: int) -> FFNProvider:
+        """The provider that makes the layer of block `index`, from 0; another one where blocks are not all alike."""
+        return self
+
     @abstractmethod
     def get_parameter_count(self, d_model: int, d_ff: int) -> int:
         """Trainable parameters of one layer, exactly (all experts, and what is inert, counted)."""

@@ -1,0 +1,88 @@
+"""What a text shows of the experts."""
+
+import io
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+
+from apt.core.config import APTConfig
+from apt.core.registry import registry
+from apt.errors import UserError
+from apt.modeling.compose import ModelBuilder
+from apt.modeling.model import Decoder
+from apt.modeling.parts import set_active
+from apt_moe import inspecting
+from apt_moe.cli import main
+
+TEXT = "the cat sat on the mat and the dog sat on the log " * 3
+
+
+@pytest.fixture
+def model() -> Decoder:
+    torch.manual_seed(0)
+    options = {"experts": 4, "router": {"provider": "hash", "top_k": 1}}
+    config = APTConfig(
+        vocab_size=300,
+        d_model=16,
+        d_ff=24,
+        num_heads=2,
+        num_layers=2,
+        max_seq_len=32,
+        attention_name="sdpa",
+        ffn_name="moe",
+        align_name="none",
+        options={"ffn": options},
+    )
+    return ModelBuilder(config).build_model()
+
+
+def test_every_token_is_traced_in_every_block_and_typical_tokens_are_those_that_go_there(model: Decoder) -> None:
+    tokens = [byte + 3 for byte in TEXT.encode()]
+    routings = inspecting.trace(model, tokens, 32)
+    assert [routing.path for routing in routings] == ["blocks.0.ffn", "blocks.1.ffn"]
+    for routing in routings:
+        assert routing.indices.shape == (len(tokens), 1)
+        assert sum(routing.load) == pytest.approx(1)
+        owner = dict(zip(tokens, routing.first, strict=True))
+        assert all(owner[token] == expert for token, expert in zip(tokens, routing.first, strict=True))
+        met = Counter(tokens)
+        for expert in range(4):
+            typical = routing.typical(tokens, expert, 5)
+            assert all(owner[token] == expert and share == 1 and count == met[token] for token, share, count in typical)
+            assert [count for *_, count in typical] == sorted((count for *_, count in typical), reverse=True)
+    assert model.training
+
+
+def test_a_model_without_experts_that_are_on_is_refused(model: Decoder) -> None:
+    set_active(model, "moe", False)
+    with pytest.raises(UserError, match="has no experts that are switched on"):
+        inspecting.trace(model, [5, 6], 32)
+
+
+def test_the_view_shows_the_text_and_each_expert_s_load(
+    model: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = registry.get("tokenizer", "byte", fallback=False).train([])
+    run = SimpleNamespace(model=model, tokenizer=tokenizer, config=SimpleNamespace(max_seq_len=32))
+    monkeypatch.setattr("apt.runs.load_run", lambda folder, allow_local_code: run)
+    file = tmp_path / "text.txt"
+    file.write_text(TEXT)
+    shown = io.StringIO()
+    asked = {"layer": None, "top": 3, "chars": 40, "allow_local_code": False}
+    inspecting.inspect_run(tmp_path, file, **asked, console=Console(file=shown, width=150))
+    assert TEXT[:40] in shown.getvalue()
+    assert TEXT[:45] not in shown.getvalue()
+    assert "block 1" in shown.getvalue()
+    assert shown.getvalue().count("%") >= 4
+    with pytest.raises(UserError, match="--layer 7: has no experts; blocks that have: 0, 1"):
+        inspecting.inspect_run(tmp_path, file, **asked | {"layer": 7})
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="is not UTF-8"):
+        main(["inspect", str(tmp_path), "--text", str(file)])
+    file.write_text("")
+    with pytest.raises(UserError, match="is empty"):
+        inspecting.inspect_run(tmp_path, file, **asked)
