@@ -7,6 +7,7 @@ from torch import nn
 from apt.core.config import APTConfig
 from apt.errors import ProfileError
 from apt.hookspecs import RunState
+from apt.layers import Output
 from apt.modeling.compose import ModelBuilder
 from apt.modeling.model import Decoder
 from apt.modeling.parts import set_active
@@ -129,3 +130,16 @@ def test_the_plugin_without_a_mixture_is_refused() -> None:
     dense = CONFIG.model_copy(update={"ffn_name": "default", "options": {}})
     with pytest.raises(ProfileError, match="plugins: 'moe' has nothing to switch: the ffn is 'default'"):
         MoEPlugin().apt_config_resolved(dense)
+
+
+def test_what_training_dropped_is_told_at_the_next_evaluation_and_then_forgotten() -> None:
+    plugin = MoEPlugin()
+    for dropped in (0.1, 0.3):
+        output = Output(torch.zeros(1), torch.zeros(1), {}, {"moe_dropped": torch.tensor(dropped)})
+        plugin.apt_loss_extra(output)
+    metrics: dict[str, float] = {}
+    plugin.apt_evaluation_end(metrics)
+    assert metrics == {"moe_dropped_in_training": pytest.approx(0.2)}
+    again: dict[str, float] = {}
+    plugin.apt_evaluation_end(again)
+    assert not again

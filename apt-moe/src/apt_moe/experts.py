@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -91,15 +92,16 @@ class Experts(nn.Module):
         room = max(1, int(starts.diff().max()))
         places = experts * room + torch.arange(rows.shape[0], device=rows.device) - starts[experts]
         owned = torch.arange(rows.shape[0], device=rows.device) < offsets[-1]
-        places = torch.where(owned, places, self.num_experts * room)
-        padded = rows.new_zeros(self.num_experts * room + 1, rows.shape[1]).index_copy(0, places, rows)[:-1]
+        last = len(offsets) * room
+        places = torch.where(owned, places, last)
+        padded = rows.new_zeros(last + 1, rows.shape[1]).index_copy(0, places, rows)[:-1]
         with _Grouped(partial(_batched_linear, room=room)):
             output = _output(self.layer(padded.unsqueeze(0))).squeeze(0)
         return torch.cat([output, output.new_zeros(1, output.shape[1])]).index_select(0, places)
 
     def _one_by_one(self, rows: Tensor, offsets: Tensor) -> Tensor:
         # unbind, not weight[e]: each index would make a gradient of the full stack's size.
-        stacks = {name: stack.unbind(0) for name, stack in self.layer.named_parameters()}
+        stacks = {name: _local(stack).unbind(0) for name, stack in self.layer.named_parameters()}
         pieces, start = [], 0
         for expert, end in enumerate(offsets.tolist()):
             if end > start:
@@ -161,8 +163,13 @@ def _linear(
     weight: Tensor,
     bias: Tensor | None = None,
 ) -> Tensor:
-    rows = product(input.reshape(-1, input.shape[-1]), weight, bias)
+    rows = product(input.reshape(-1, input.shape[-1]), _local(weight), None if bias is None else _local(bias))
     return rows.view(*input.shape[:-1], rows.shape[-1])
+
+
+def _local(stack: Tensor) -> Tensor:
+    """This rank's experts, where they are shared out."""
+    return stack.to_local() if isinstance(stack, DTensor) else stack
 
 
 def _batched_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, *, room: int) -> Tensor:

@@ -8,11 +8,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from apt.core.providers import RouterProvider
 from apt.layers import Part, as_part
 from apt_moe import dispatch, functional
 from apt_moe.experts import Backend, Experts, choose_backend
+from apt_moe.parallel import run_sharded
 from apt_moe.upcycling import Upcycling
 
 
@@ -55,6 +57,8 @@ class MixtureOfExperts(nn.Module):
         self.shared = nn.ModuleList(shared) if shared else None
         self.granularity, self.upcycling = granularity, upcycling
         self.backend = backend
+        self.mesh: DeviceMesh | None = None
+        """The ranks that share the experts out (`apt_moe.parallel.shard_experts`)."""
         self.takes_tokens = bool(getattr(router_provider, "takes_tokens", False))
         """Whether the router asks for the tokens' ids."""
         self.shared_scale = 1.0 if dense is None else 1 / (1 + len(shared))
@@ -100,7 +104,11 @@ class MixtureOfExperts(nn.Module):
             kept = weights if plan.kept is None else weights * plan.kept.view_as(weights)
             shares = kept.new_zeros(len(tokens), self.experts.num_experts).scatter_add(1, indices, kept)
             return self.experts.every(tokens, shares)
-        rows = self.experts(dispatch.dispatch(tokens, plan), plan.offsets, plan.experts, backend)
+        rows = dispatch.dispatch(tokens, plan)
+        if self.mesh is not None:
+            rows = run_sharded(self.experts, rows, plan, self.mesh, backend)
+        else:
+            rows = self.experts(rows, plan.offsets, plan.experts, backend)
         return dispatch.combine(rows, weights, plan)
 
     def _is_limited(self) -> bool:

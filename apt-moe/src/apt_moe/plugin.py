@@ -5,7 +5,9 @@ It also takes the steps of routers that balance the load without a loss.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import PrivateAttr
 
 from apt.core import registry
 from apt.core.providers import Plugin
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from apt.core.config import APTConfig
+    from apt.layers import Output
 
 
 _SWITCHES = ("enable_moe_at_epoch", "enable_moe_at_step")
@@ -28,6 +31,9 @@ class MoEPlugin(Plugin):
     """Sparse upcycling at the switch (Komatsuzaki et al. 2022, arXiv:2212.05055)."""
 
     api_level: ClassVar[int] = 1
+
+    _dropped: Any = PrivateAttr(default=None)  # a tensor; its type is not known without PyTorch
+    _micro_batches: int = PrivateAttr(default=0)
 
     @hookimpl
     def apt_config_resolved(self, config: APTConfig) -> None:
@@ -55,6 +61,28 @@ class MoEPlugin(Plugin):
         mixtures = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
         for number, mixture in enumerate(mixtures):
             upcycle(mixture, optimizer, number)
+
+    @hookimpl
+    def apt_loss_extra(self, output: Output) -> None:
+        """Add no loss; note the share that a capacity dropped, which evaluation never shows."""
+        dropped = output.metrics.get("moe_dropped")
+        if dropped is not None:
+            self._dropped = dropped.detach() if self._dropped is None else self._dropped + dropped.detach()
+            self._micro_batches += 1
+
+    @hookimpl
+    def apt_evaluation_end(self, metrics: dict[str, float]) -> None:
+        """Report the share of assignments that training has dropped since the last evaluation, of all ranks."""
+        if self._dropped is None:
+            return
+        import torch
+
+        from apt_moe.functional import over_ranks
+
+        sums = torch.stack((self._dropped.float(), self._dropped.new_tensor(self._micro_batches).float()))
+        total, count = over_ranks(sums).tolist()
+        metrics["moe_dropped_in_training"] = total / count
+        self._dropped, self._micro_batches = None, 0
 
     @hookimpl
     def apt_step_end(self, state: RunState, model: nn.Module, metrics: dict[str, float]) -> None:
