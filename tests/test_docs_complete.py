@@ -132,7 +132,7 @@ def test_what_a_provider_says_of_itself_is_explained() -> None:
 
 def test_every_command_and_variable_is_on_the_page_of_the_command_line() -> None:
     text = page("docs/profiles.md") + page("docs/hooks.md") + page("docs/providers.md") + page("docs/schedules.md")
-    text += page("README.md") + page("docs/inference.md")
+    text += page("docs/training.md") + page("README.md") + page("docs/inference.md")
     (commands,) = [each for each in build_parser()._actions if isinstance(each, argparse._SubParsersAction)]
     missing = [name for name in commands.choices if not re.search(rf"apt-core {name}\b", text)]
     assert not missing

@@ -26,7 +26,9 @@ from apt.training.checkpoint import list_checkpoints, load_run, verify
 from apt.training.trainer import Trainer
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["apt.training.trainer", "apt_moe.layer", "apt_align.aligner", __name__])
+PROCESSES.set_forkserver_preload(
+    ["apt.training.trainer", "apt_moe.upcycling", "apt_moe.plugin", "apt_align.aligner", "apt_align.plugin", __name__]
+)
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ def train_and_die(config: APTConfig, out: Path, fatal: int) -> None:
         return call
 
     for module, name in (
-        (checkpoint, "save_file"),
+        (checkpoint, "write_whole"),
         (checkpoint, "point"),
         (checkpoint, "_flush"),
         (checkpoint.shutil, "rmtree"),
@@ -162,7 +164,7 @@ def test_an_error_of_the_disk_is_told_in_its_own_words(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "write_whole", full)
     with pytest.raises(CheckpointError, match="step-000003: cannot be written: No space left on device"):
         train(config, tmp_path / "run")
     assert not list((tmp_path / "run").glob(".step*"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,8 @@ import torch
 
 from apt.core.config import APTConfig
 from apt.core.profile import dump_profile
-from apt.training.checkpoint import list_checkpoints, load_run
+from apt.errors import CheckpointError
+from apt.training.checkpoint import list_checkpoints, load_run, verify
 from apt.training.record import read_metrics
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -29,6 +31,10 @@ def profile(tiny: APTConfig, tmp_path: Path) -> Path:
     path = tmp_path / "profile.yaml"
     path.write_text(dump_profile(tiny.model_copy(update={"training": training, "hardware": hardware})))
     return path
+
+
+DDP, FSDP = ["--set", "hardware.parallel=ddp"], ["--set", "hardware.parallel=fsdp"]
+both = pytest.mark.parametrize("parallel", [DDP, FSDP], ids=["ddp", "fsdp"])
 
 
 def command(ranks: int, profile: Path, out: Path, *words: str) -> list[str]:
@@ -48,25 +54,45 @@ def curve(out: Path) -> list[tuple[int, float]]:
     return [(int(each["step"]), float(each["loss"])) for each in read_metrics(out) if each["event"] == "train"]  # type: ignore[call-overload,arg-type]
 
 
-def test_two_ranks_train_what_one_does_over_both_switches(profile: Path, tmp_path: Path) -> None:
+@both
+def test_two_ranks_train_what_one_does_over_both_switches(profile: Path, tmp_path: Path, parallel: list[str]) -> None:
     train(1, profile, tmp_path / "one")
-    said = train(2, profile, tmp_path / "two")
+    said = train(2, profile, tmp_path / "two", *parallel)
     one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
     assert [step for step, _ in one] == [step for step, _ in two] == list(range(1, 53))
     assert max(abs(a - b) for (_, a), (_, b) in zip(one, two, strict=True)) < 1e-5
-    held_out = [
-        [each["loss"] for each in read_metrics(out) if each["event"] == "evaluation"]
-        for out in (tmp_path / "one", tmp_path / "two")
-    ]
-    assert held_out[0] == pytest.approx(held_out[1], abs=1e-5)
+    for event, value in (("evaluation", "loss"), ("switch", "loss_after"), ("train", "gradient_norm")):
+        seen = [
+            [each[value] for each in read_metrics(out) if each["event"] == event]
+            for out in (tmp_path / "one", tmp_path / "two")
+        ]
+        assert seen[0] == pytest.approx(seen[1], abs=1e-5, rel=1e-4)
+    switches = [each for each in read_metrics(tmp_path / "two") if each["event"] == "switch"]
+    assert [each["plugin"] for each in switches] == ["moe", "align"]
+    assert all(abs(float(each["change"])) < 1e-5 for each in switches)  # type: ignore[arg-type]
     assert said.count("held-out loss:") == 1
 
 
-@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2), (2, 2)])
-def test_a_run_goes_on_with_another_number_of_ranks(profile: Path, tmp_path: Path, first: int, then: int) -> None:
-    train(first, profile, tmp_path / "whole")
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ((2, DDP), (1, [])),
+        ((2, FSDP), (1, [])),
+        ((1, []), (2, FSDP)),
+        ((2, FSDP), (2, FSDP)),
+        ((2, FSDP), (2, DDP)),
+        ((2, DDP), (2, DDP)),
+        ((2, DDP), (3, FSDP)),
+    ],
+    ids=lambda each: f"{each[0]}{''.join(each[1])[-5:]}",
+)
+def test_a_run_goes_on_with_other_ranks(
+    profile: Path, tmp_path: Path, first: tuple[int, list[str]], then: tuple[int, list[str]]
+) -> None:
+    words = ["--set", "training.optimizer=muon"] if first == then else ["--set", "training.batch_size=6"]
+    train(first[0], profile, tmp_path / "whole", *words, *first[1])
     checkpoint = tmp_path / "whole" / "step-000026"
-    train(then, profile, tmp_path / "rest", "--resume", str(checkpoint))
+    train(then[0], profile, tmp_path / "rest", "--resume", str(checkpoint), *words, *then[1])
     whole, rest = (load_run(tmp_path / name).model.state_dict() for name in ("whole", "rest"))
     for name, tensor in whole.items():
         if first == then:
@@ -75,16 +101,45 @@ def test_a_run_goes_on_with_another_number_of_ranks(profile: Path, tmp_path: Pat
             torch.testing.assert_close(rest[name], tensor, atol=1e-4, rtol=1e-3)
 
 
-def test_micro_batches_of_two_ranks_are_one_large_batch(profile: Path, tmp_path: Path) -> None:
+def test_a_split_checkpoint_keeps_every_promise_of_a_whole_one(profile: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = ["--set", "training.async_save=true", "--set", "training.keep_best=true", "--set", "training.keep_last=2"]
+    train(2, profile, out, *FSDP, *words)
+    folder = out / (out / "latest").read_text().strip()
+    written = json.loads((folder / "manifest.json").read_text())
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert there == {*written, "manifest.json"}
+    parts = sorted(name for name in there if ".parts/" in name)
+    assert [name.partition("/")[0] for name in parts] == ["model.parts"] * 2 + ["optimizer.parts"] * 2
+    assert {Path(name).suffix for name in there} == {".safetensors", ".json", ".yaml"}
+    verify(folder)
+    damaged = folder / parts[1]
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
+    with pytest.raises(CheckpointError, match=rf"damaged \({parts[1]}\); use the one before"):
+        load_run(out)
+
+
+@both
+def test_micro_batches_of_two_ranks_are_one_large_batch(profile: Path, tmp_path: Path, parallel: list[str]) -> None:
     words = ["--set", "training.accumulate=2", "--set", "training.max_steps=20"]
     train(1, profile, tmp_path / "one", *words)
-    train(2, profile, tmp_path / "two", *words)
+    train(2, profile, tmp_path / "two", *words, *parallel)
     pairs = zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True)
     assert max(abs(a - b) for (_, a), (_, b) in pairs) < 1e-5
 
 
-def start(profile: Path, out: Path) -> subprocess.Popen[str]:
-    long = command(2, profile, out, "--set", "training.steps_per_epoch=3000", "--set", "training.save_every=20")
+def test_parts_of_every_kind_train_when_split(profile: Path, tmp_path: Path) -> None:
+    # autopoietic has a parameter of a single number, which cannot be split; a bias router keeps counts; bf16 casts.
+    words = ["--set", "model.attention.provider=autopoietic", "--set", "training.max_steps=20"]
+    words += ["--set", "model.ffn.router.provider=sigmoid_bias", "--set", "model.ffn.router.top_k=2"]
+    words += ["--set", "schedules={enable_moe_at_epoch: 1}", "--set", "model.align.state=dropout"]
+    words += ["--set", "model.dropout=0.1", "--set", "training.precision=bf16", "--set", "training.recompute=true"]
+    train(2, profile, tmp_path / "two", *words, *FSDP)
+    assert load_run(tmp_path / "two").state.step == 20
+
+
+def start(profile: Path, out: Path, *words: str) -> subprocess.Popen[str]:
+    long = command(2, profile, out, *words, "--set", "training.steps_per_epoch=3000", "--set", "training.save_every=20")
     process = subprocess.Popen(long, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
     deadline = time.monotonic() + 60
     while not list_checkpoints(out):
@@ -94,8 +149,9 @@ def start(profile: Path, out: Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_a_rank_that_dies_ends_the_run_with_its_name(profile: Path, tmp_path: Path) -> None:
-    process = start(profile, tmp_path / "run")
+@both
+def test_a_rank_that_dies_ends_the_run_with_its_name(profile: Path, tmp_path: Path, parallel: list[str]) -> None:
+    process = start(profile, tmp_path / "run", *parallel)
     workers = [each for each in psutil.Process(process.pid).children() if "apt" in each.cmdline()]
     victim = next(each for each in workers if each.environ()["RANK"] == "1")
     victim.send_signal(signal.SIGKILL)
@@ -107,8 +163,9 @@ def test_a_rank_that_dies_ends_the_run_with_its_name(profile: Path, tmp_path: Pa
     assert f"Signal {signal.SIGKILL.value} (SIGKILL) received by PID {victim.pid}" in output
 
 
-def test_all_ranks_stop_at_the_same_step_and_save(profile: Path, tmp_path: Path) -> None:
-    process = start(profile, tmp_path / "run")
+@both
+def test_all_ranks_stop_at_the_same_step_and_save(profile: Path, tmp_path: Path, parallel: list[str]) -> None:
+    process = start(profile, tmp_path / "run", *parallel)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     run = load_run(tmp_path / "run")
@@ -117,7 +174,14 @@ def test_all_ranks_stop_at_the_same_step_and_save(profile: Path, tmp_path: Path)
 
 def test_a_start_that_does_not_go_with_the_profile_is_refused(profile: Path, tmp_path: Path) -> None:
     for words, message in (
-        (["--set", "hardware.parallel=none"], "hardware.parallel: none, but torchrun started 2 processes; set ddp"),
+        (
+            ["--set", "hardware.parallel=none"],
+            "hardware.parallel: none, but torchrun started 2 processes; set ddp or fsdp",
+        ),
+        (
+            [*FSDP, "--set", "model.align.state=ema", "--set", "model.align.beta=0"],
+            "ema, but under fsdp no rank has all",
+        ),
         (["--set", "training.batch_size=3"], "training.batch_size: 3 is not a multiple of the 2 processes"),
     ):
         done = subprocess.run(
@@ -126,3 +190,88 @@ def test_a_start_that_does_not_go_with_the_profile_is_refused(profile: Path, tmp
         assert done.returncode != 0
         assert message in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+SCRIPT = """
+import json, os, sys
+from apt.core.profile import load_profile
+from apt.core.providers import Plugin
+from apt.core.registry import registry
+from apt.errors import AptError
+from apt.hookspecs import hookimpl
+from apt.training.ranks import join_ranks
+from apt.training.trainer import Trainer
+
+
+class Uneven(Plugin):
+    \"\"\"Counts few targets where a row begins with a small id, and adds a loss that is no number on rank 1 at step 3.\"\"\"
+
+    bad: bool = False
+
+    @hookimpl
+    def apt_batch_prepare(self, batch):
+        batch.mask = batch.tokens >= batch.tokens[:, :1]
+
+    @hookimpl
+    def apt_loss_extra(self, state, output):
+        if self.bad:
+            bad = state.step == 3 and os.environ.get("RANK") == "1"
+            return {"own": output.logits.mean() * (float("nan") if bad else 1e-3)}
+
+
+registry.register("plugin", "uneven", Uneven)
+sets = sys.argv[3:]
+if sets == ["disagree"]:
+    with join_ranks(load_profile(sys.argv[1]).config) as ranks:
+        ranks.check_equal("the providers (their lock)", f"hash-{ranks.rank}")
+loaded = load_profile(sys.argv[1], sets=sets)
+try:
+    Trainer(loaded.config, sys.argv[2], resolved=loaded.resolved).fit()
+except AptError as error:
+    print(type(error).__name__, error)
+    sys.exit(1)
+"""
+
+
+def run_script(ranks: int, profile: Path, out: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    script = out.with_suffix(".py")
+    script.write_text(SCRIPT)
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    return subprocess.run(
+        [sys.executable, *launch, str(script), str(profile), str(out), *words],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        check=False,
+        timeout=120,
+    )
+
+
+UNEVEN = ["plugins=[moe, uneven]", "schedules={enable_moe_at_epoch: 1}", "training.max_steps=20"]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_where_ranks_count_different_numbers_of_tokens_all_count_alike(
+    profile: Path, tmp_path: Path, parallel: str
+) -> None:
+    one = run_script(1, profile, tmp_path / "one", *UNEVEN, "training.accumulate=2")
+    two = run_script(2, profile, tmp_path / "two", *UNEVEN, "training.accumulate=2", f"hardware.parallel={parallel}")
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    pairs = zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True)
+    assert max(abs(a - b) for (_, a), (_, b) in pairs) < 1e-5
+
+
+def test_a_number_that_is_not_finite_on_one_rank_stops_all_with_its_name(profile: Path, tmp_path: Path) -> None:
+    done = run_script(2, profile, tmp_path / "run", *UNEVEN, "plugins=[moe, {uneven: {bad: true}}]")
+    assert done.returncode != 0
+    told = (
+        "step 3: the loss or its gradient is not finite (micro-batches 3 to 3 of seed 0, rank 1): every part's output"
+    )
+    assert done.stdout.count(told) == 2
+    assert "in the added loss 'own'" in done.stdout
+
+
+def test_ranks_that_do_not_have_the_same_providers_do_not_start(profile: Path, tmp_path: Path) -> None:
+    done = run_script(2, profile, tmp_path / "run", "disagree")
+    assert done.returncode != 0
+    assert "the ranks of this run do not agree on the providers (their lock): rank 0 on" in done.stderr

@@ -132,3 +132,41 @@ def test_an_interrupted_run_saves_and_resumes_to_the_same_bits(
     assert 0 < load_run(tmp_path / "run").state.step < 240
     assert subprocess.run([*command, "--resume", "auto"], env=environment, check=False).returncode == 0
     assert_same_bits(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+
+
+STUCK = """
+import sys, time
+from pathlib import Path
+from apt.core.profile import load_profile
+from apt.training.trainer import Trainer
+
+class Stuck(Trainer):
+    def _take_step(self):
+        super()._take_step()
+        if self.state.step == 3:
+            Path(sys.argv[3]).touch()
+            time.sleep(60)
+
+Stuck(load_profile(sys.argv[1]).config, sys.argv[2]).fit()
+"""
+
+
+def test_a_second_signal_leaves_at_once(tiny: APTConfig, tmp_path: Path) -> None:
+    profile, script, sign = tmp_path / "profile.yaml", tmp_path / "stuck.py", tmp_path / "sign"
+    profile.write_text(dump_profile(saving_often(tiny)))
+    script.write_text(STUCK)
+    command = [sys.executable, str(script), str(profile), str(tmp_path / "run"), str(sign)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 60
+    while not sign.exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=20)[0]
+    assert "SIGTERM: finishing this step, then saving (again to leave at once)" in output
+    assert output.rstrip().endswith("KeyboardInterrupt")
+    assert load_run(tmp_path / "run").state.step == 2

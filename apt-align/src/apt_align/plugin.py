@@ -32,6 +32,7 @@ class AlignPlugin(Plugin):
     """
 
     api_level: ClassVar[int] = 1
+    losses: ClassVar[Mapping[str, str]] = {"align": "align_weight"}
 
     _earlier: Tensor | None = PrivateAttr(default=None)
     _hook: RemovableHandle | None = PrivateAttr(default=None)
@@ -138,6 +139,9 @@ def _contradictions(provider: BiState, config: APTConfig) -> list[Fault]:
     if provider.state == "dropout" and config.dropout == config.attention_dropout == 0:
         what = "dropout, but the model's dropout is 0, so two passes are equal"
         faults.append(Fault("model.align.state", what, "set model.dropout, or state: ema or layer"))
+    if provider.state == "ema" and config.hardware.parallel == "fsdp":
+        what = "ema, but under fsdp no rank has all of the weights that are averaged"
+        faults.append(Fault("model.align.state", what, "set hardware.parallel: ddp, or state: layer or dropout"))
     if provider.state == "layer" and config.num_blocks < 2:
         faults.append(Fault("model.align.state", "layer, but a model of one block has no earlier one"))
     elif provider.layer is not None and provider.layer > config.num_blocks - 2:

@@ -99,6 +99,14 @@ class ProofOfUseError(AptError):
     """A provider is switched on, but its modules did not run or its parameters got no finite gradient."""
 
 
+class SwitchError(AptError):
+    """Switching a plugin on changed what the model had learnt, by more than the profile allows."""
+
+
+class NotFiniteError(AptError):
+    """A loss or a gradient is not finite; the message names step, batch, and whose modules it came from."""
+
+
 class CheckpointError(UserError):
     """A checkpoint is missing, damaged, or made by another model than the profile's."""
 

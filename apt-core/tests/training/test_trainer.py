@@ -149,7 +149,12 @@ def load_progress(run: Path) -> dict[str, Any]:
     return saved
 
 
-WATCHED = ("model.ffn={provider: switched}", "plugins=[watch]", "schedules.enable_watch_at_epoch=1")
+WATCHED = (
+    "model.ffn={provider: switched}",
+    "plugins=[watch]",
+    "schedules.enable_watch_at_epoch=1",
+    "training.switch_tolerance=null",
+)
 
 
 def test_a_run_leaves_a_folder_that_describes_itself(profile_file: Path, tmp_path: Path) -> None:
@@ -230,7 +235,7 @@ def test_what_is_switched_on_and_does_not_learn_stops_the_run(
 def test_a_number_that_is_not_finite_stops_with_step_batch_and_provider(profile_file: Path, tmp_path: Path) -> None:
     place = r"first in the output of ffn.switched \(\(registered\) 0\), blocks.0.ffn"
     with pytest.raises(
-        AptError, match=rf"step 4: the gradient is not finite \(micro-batches 4 to 4 of seed 0\): {place}"
+        AptError, match=rf"step 4: the loss or its gradient is not finite \(micro-batches 4 to 4 of seed 0\): {place}"
     ):
         train(profile_file, tmp_path / "run", *WATCHED, "model.ffn.fault=not a number")
 
@@ -292,7 +297,7 @@ def test_too_little_memory_says_what_to_lower(
     def greedy(*_: object) -> None:
         torch.empty(10**15)
 
-    monkeypatch.setattr(Trainer, "_step", greedy)
+    monkeypatch.setattr(Trainer, "_take_step", greedy)
     with pytest.raises(
         UserError, match=r"out of memory \(.*\); lower training.batch_size and raise training.accumulate"
     ):
@@ -425,7 +430,7 @@ def test_a_gpu_that_is_not_there_is_refused(profile_file: Path, tmp_path: Path) 
 def test_where_there_is_no_terminal_lines_are_printed(profile_file: Path, tmp_path: Path) -> None:
     output = io.StringIO()
     train(profile_file, tmp_path / "run", *WATCHED, console=Console(file=output))
-    assert "step 4: watch on; held-out loss of one batch" in output.getvalue()
+    assert "step 4: watch on; loss of a fixed held-out batch" in output.getvalue()
     assert "step 8: held-out loss" in output.getvalue()
 
 

@@ -24,6 +24,7 @@ class TopK(RouterProvider):
 
     api_level: ClassVar[int] = 1
     scheduled: ClassVar[Mapping[str, str]] = {"route_temp": "temperature", "balance_loss": "balance_weight"}
+    losses: ClassVar[Mapping[str, str]] = {"balance_loss": "balance_loss", "z_loss": "z_loss"}
 
     balance_loss: float = Field(default=0.01, ge=0, description="weight of the load-balance loss; it can be scheduled")
     z_loss: float = Field(default=0.001, ge=0, description="weight of the router z-loss")

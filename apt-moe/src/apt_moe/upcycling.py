@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from apt.errors import Fault, OptionsError
 from apt.layers import as_part
+from apt.layers.memory import memory_for
+from apt.layers.sharded import fill, whole
 from apt_moe.hidden import hidden_axes, slice_units, units_first
 
 if TYPE_CHECKING:
@@ -66,12 +67,12 @@ def upcycle(layer: MixtureOfExperts, optimizer: Optimizer | None = None, number:
     stacks = dict(layer.experts.layer.named_parameters())
     for name, dense in layer.dense.named_parameters():
         stack, axis = stacks[name], layer.experts.axes.get(name)
-        weights = shape.spread(_whole(dense), axis)
+        weights = shape.spread(whole(dense), axis)
         if axis is None:
             weights = weights / parts
         if axis is not None and units is not None:
-            weights = _redrawn(weights, _whole(dense), axis, shape, units, generator)
-        _assign(stack, weights)
+            weights = _redrawn(weights, whole(dense), axis, shape, units, generator)
+        fill(stack, weights)
         if optimizer is not None:
             _carry(optimizer, dense, stack, axis, shape, recipe)
         dense.grad = None
@@ -97,8 +98,8 @@ def check_slices(provider: FFNProvider, parts: int, activation: str) -> None:
         for part in range(parts):
             own = {name: each[part] if name in axes else each[part] / parts for name, each in spread.items()}
             total += as_part(torch.func.functional_call(narrow, own, (x,))).output
-        whole = as_part(torch.func.functional_call(dense, state, (x,))).output
-    if not torch.allclose(total, whole, rtol=1e-3, atol=1e-3):
+        expected = as_part(torch.func.functional_call(dense, state, (x,))).output
+    if not torch.allclose(total, expected, rtol=1e-3, atol=1e-3):
         name = provider.get_name()
         what = f"{parts}, but a layer of ffn.{name} is not the sum of slices of its hidden units, so it cannot be split"
         hint = "granularity: 1, upcycle: false, or another expert"
@@ -153,7 +154,7 @@ def _carry(
     Only what the optimizer already keeps for the stack is filled where it keeps anything: two optimizers in one may
     treat matrices and stacks of them otherwise.
     """
-    state = optimizer.state.get(dense)
+    state = memory_for(stack, dense, optimizer)
     if not state or recipe.moments == "fresh":
         return
     there = optimizer.state.get(stack)
@@ -165,7 +166,7 @@ def _carry(
         if not isinstance(value, Tensor) or value.shape != dense.shape:
             carried[key] = value.clone() if isinstance(value, Tensor) else value
             continue
-        spread = shape.spread(_whole(value), axis)
+        spread = shape.spread(whole(value), axis)
         if recipe.moments == "scaled":
             spread = spread / groups ** POWERS.get(key, 0)
         carried[key] = _like(stack, spread)
@@ -177,9 +178,9 @@ def _group(router: torch.nn.Module, experts: int, parts: int) -> None:
     if parts == 1:
         return
     for parameter in router.parameters():
-        whole = _whole(parameter)
-        if whole.dim() and whole.shape[0] == experts:
-            _assign(parameter, whole[::parts].repeat_interleave(parts, 0))
+        rows = whole(parameter)
+        if rows.dim() and rows.shape[0] == experts:
+            fill(parameter, rows[::parts].repeat_interleave(parts, 0))
 
 
 def _fill_shared(layer: MixtureOfExperts, optimizer: Optimizer | None) -> None:
@@ -189,28 +190,16 @@ def _fill_shared(layer: MixtureOfExperts, optimizer: Optimizer | None) -> None:
     for shared in layer.shared:
         own = dict(shared.named_parameters())
         for name, dense in layer.dense.named_parameters():
-            _assign(own[name], _whole(dense))
+            fill(own[name], whole(dense))
             if optimizer is not None and layer.upcycling.moments != "fresh" and optimizer.state.get(dense):
                 optimizer.state[own[name]] = {
                     key: value.clone() if isinstance(value, Tensor) else value
-                    for key, value in optimizer.state[dense].items()
+                    for key, value in memory_for(own[name], dense, optimizer).items()
                 }
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """A tensor in one piece, where ranks hold shards of it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _assign(target: Tensor, value: Tensor) -> None:
-    if isinstance(target, DTensor):
-        value = distribute_tensor(value.contiguous(), target.device_mesh, target.placements)
-    target.copy_(value)
 
 
 def _like(target: Tensor, value: Tensor) -> Tensor:
     """`value` in memory of its own, sharded as `target` is."""
-    value = value.contiguous()
-    if isinstance(target, DTensor):
-        return distribute_tensor(value, target.device_mesh, target.placements)
-    return value.clone()
+    made = torch.empty_like(target, dtype=value.dtype)
+    fill(made, value)
+    return made

@@ -17,6 +17,14 @@ def add_profile_options(parser: argparse.ArgumentParser, *, positional: bool) ->
         parser.add_argument("profile", type=Path, metavar="FILE", help="a profile (YAML)")
     else:
         parser.add_argument("-p", "--profile", type=Path, metavar="FILE", required=True, help="a profile (YAML)")
+    add_changes(parser)
+    parser.add_argument(
+        "--allow-local-code", action="store_true", help="run provider code that lies in files beside the profile"
+    )
+
+
+def add_changes(parser: argparse.ArgumentParser) -> None:
+    """What changes a profile from the command line."""
     parser.add_argument(
         "--set",
         dest="sets",
@@ -27,9 +35,6 @@ def add_profile_options(parser: argparse.ArgumentParser, *, positional: bool) ->
     )
     parser.add_argument(
         "--plugins", nargs="*", metavar="NAME", help="the plugins to list, in place of the profile's own"
-    )
-    parser.add_argument(
-        "--allow-local-code", action="store_true", help="run provider code that lies in files beside the profile"
     )
 
 

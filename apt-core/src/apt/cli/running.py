@@ -1,4 +1,4 @@
-"""Commands that run a model: train, generate, evaluate, plot. PyTorch is imported when one of them runs."""
+"""Commands that run a model: train, branch, generate, evaluate, plot. PyTorch is imported when one of them runs."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import os
 import shlex
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from apt.cli.options import add_profile_options, print_notes, read_profile
+from apt.cli.options import add_changes, add_profile_options, print_notes, read_profile
 from apt.cli.show import called_as, print_providers
 
 if TYPE_CHECKING:
     from apt.core.hooks import HookRunner
+    from apt.core.profile import Profile
     from apt.data.tokens import TokenSplit
     from apt.training.checkpoint import LoadedRun
     from apt.training.evaluate import Score
@@ -40,6 +42,19 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     _add_strict_lock(train)
     train.set_defaults(run=_train)
+
+    branch = commands.add_parser(
+        "branch",
+        help="start a new run from a checkpoint of another",
+        description="Start a new run from a checkpoint of another, with a changed profile. The parent is recorded.",
+    )
+    add_run(branch)
+    branch.add_argument("--at", type=int, metavar="STEP", help="the step of the checkpoint (default: the newest)")
+    add_changes(branch)
+    branch.add_argument(
+        "--out", type=Path, metavar="DIR", help="the new run's folder (default: runs/<name>-<start time>)"
+    )
+    branch.set_defaults(run=_branch)
 
     generate = commands.add_parser(
         "generate",
@@ -118,19 +133,49 @@ def _add_strict_lock(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    if os.environ.get("RANK", "0") != "0":
-        # Of the processes that torchrun started one speaks; errors of the others are told all the same.
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    _let_one_rank_speak()
     profile = read_profile(arguments)
+    out = arguments.out or _default_out(profile.config.name, arguments.resume)
+    return _run(profile, out, resume=arguments.resume, strict_lock=arguments.strict_lock)
+
+
+def _branch(arguments: argparse.Namespace) -> int:
+    _let_one_rank_speak()
+    from apt.core.profile import read_resolved
+    from apt.core.resolve import resolve_config
+    from apt.training.checkpoint import PROFILE
+    from apt.training.start import find_step
+
+    checkpoint = find_step(arguments.folder, arguments.at)
+    changed = read_resolved(
+        checkpoint / PROFILE,
+        allow_local_code=arguments.allow_local_code,
+        sets=arguments.sets,
+        plugins=arguments.plugins,
+    )
+    profile = replace(changed, resolved=resolve_config(changed.config))
+    out = arguments.out or _default_out(profile.config.name, "never")
+    return _run(profile, out, branch=checkpoint, strict_lock=arguments.strict_lock)
+
+
+def _let_one_rank_speak() -> None:
+    """Of the processes that torchrun started one speaks; errors of the others are told all the same."""
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _run(
+    profile: Profile, out: Path, *, resume: str = "never", branch: Path | None = None, strict_lock: bool = False
+) -> int:
+    """Train, and let the model that comes of it write a little."""
     print_notes(profile)
     assert profile.resolved is not None
     print_providers(profile.resolved.resolutions)
     print()
-    out = arguments.out or _default_out(profile.config.name, arguments.resume)
     from apt.training.trainer import Trainer
 
     result = Trainer(
-        profile.config, out, resolved=profile.resolved, resume=arguments.resume, strict_lock=arguments.strict_lock
+        profile.config, out, resolved=profile.resolved, resume=resume, branch=branch, strict_lock=strict_lock
     ).fit()
     if os.environ.get("RANK", "0") == "0":
         _point_to(result.folder)

@@ -137,10 +137,19 @@ def dump_resolved(config: APTConfig, resolved: Resolved) -> str:
     return "\n".join(lines) + "\n" + dump_profile(config)
 
 
-def read_resolved(path: Path, registry: Registry | None = None, allow_local_code: bool = False) -> Profile:
-    """The profile that a run or checkpoint holds; code in files runs only with `allow_local_code`."""
+def read_resolved(
+    path: Path,
+    registry: Registry | None = None,
+    allow_local_code: bool = False,
+    *,
+    sets: Sequence[str] = (),
+    plugins: Sequence[str] | None = None,
+) -> Profile:
+    """The profile that a run or checkpoint holds, changed by `sets` and `plugins`; code in files runs only with leave."""
     used = installed if registry is None else registry
-    profile = load_profile(path, registry=used, resolve=False, allow_local_code=allow_local_code)
+    profile = load_profile(
+        path, sets=sets, plugins=plugins, registry=used, resolve=False, allow_local_code=allow_local_code
+    )
     used.allow_local_code(LocalCode(path.parent, anywhere=True) if allow_local_code else None)
     return profile
 

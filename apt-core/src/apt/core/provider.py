@@ -46,6 +46,10 @@ class Provider(BaseModel, ABC):
     scheduled: ClassVar[Mapping[str, str]] = {}
     """The scheduled values that it offers: the name in a profile's `schedules`, and the zero-dimensional float32
     buffer of its module that takes the value (``{"route_temp": "temperature"}``)."""
+    losses: ClassVar[Mapping[str, str]] = {}
+    """The losses that its parts (a plugin: itself) add while they are on, and the scheduled value or option that weighs
+    each (``{"balance_loss": "balance_loss"}``; ``""``: nothing does). One that weighs more than 0 and does not arrive
+    stops the run."""
     switched_by: ClassVar[str | None] = None
     """The plugin whose switch governs its parts: until that plugin is on they are inert."""
 

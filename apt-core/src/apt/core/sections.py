@@ -36,6 +36,9 @@ class Training(Section):
     accumulate: int = Field(default=1, ge=1, description="micro-batches an optimizer step")
     lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1, description="the last learning rate over the highest")
+    optimizer: Literal["adamw", "muon"] = Field(
+        default="adamw", description="muon: for the matrices of blocks, and adamw for all else"
+    )
     betas: tuple[float, float] = (0.9, 0.95)
     seed: int = Field(default=0, ge=0)
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -50,6 +53,11 @@ class Training(Section):
         default="stop",
         description="what a loss or gradient that is not finite does: stop the run, skip the step, or go back to the "
         "last checkpoint and leave out what was read since",
+    )
+    switch_tolerance: float | None = Field(
+        default=1e-4,
+        ge=0,
+        description="nats a token by which switching a plugin on may change the loss of a fixed held-out batch; none: any",
     )
     recompute: bool = Field(
         default=False, description="whether each block's activations are computed anew in the backward pass"
@@ -106,13 +114,16 @@ class Hardware(Section):
         description="how products are computed: strict, by PyTorch's defaults; auto, by what is fastest on this machine and as "
         "exact, measured at the start and kept for the run",
     )
-    parallel: Literal["none", "ddp"] = Field(
+    parallel: Literal["none", "ddp", "fsdp"] = Field(
         default="none",
-        description="how the processes that torchrun starts share the work: ddp, each a part of every batch",
+        description="how the processes that torchrun starts share the work: each a part of every batch, and with fsdp a part of "
+        "every parameter too",
     )
 
 
 class Debug(Section):
     """Aids for finding faults."""
 
-    detect_anomaly: bool = False
+    detect_anomaly: bool = Field(
+        default=False, description="whether PyTorch looks for the operation that made a gradient NaN; slow"
+    )

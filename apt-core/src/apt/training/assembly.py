@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from apt.core.config import APTConfig
-from apt.core.providers import AttentionProvider, Tokenizer
+from apt.core.hooks import HookRunner
+from apt.core.providers import Tokenizer
 from apt.core.resolve import Resolved
 from apt.core.schedules import run_length
 from apt.data.batches import Batches
@@ -26,6 +27,7 @@ from apt.modeling.compose import ModelBuilder
 from apt.modeling.model import Decoder
 from apt.modeling.parts import scheduled_buffers, set_active
 from apt.training.optim import learning_rate, make_optimizer
+from apt.training.parallel import shard
 from apt.training.proof import ProofOfUse
 from apt.training.ranks import Ranks
 
@@ -50,7 +52,12 @@ class Assembly:
 
 
 def assemble(
-    config: APTConfig, resolved: Resolved, ranks: Ranks, checkpoint: Path | None, console: Console
+    config: APTConfig,
+    resolved: Resolved,
+    hooks: HookRunner,
+    ranks: Ranks,
+    checkpoint: Path | None,
+    console: Console,
 ) -> Assembly:
     """Read the text, build the model and its optimizer; the tokenizer is the checkpoint's where there is one.
 
@@ -60,12 +67,6 @@ def assemble(
     if config.hardware.threads is not None:
         torch.set_num_threads(config.hardware.threads)
     device = _device(config)
-    attention = resolved.providers["attention"]
-    if isinstance(attention, AttentionProvider) and not attention.supports_training(device.type):
-        raise UserError(
-            f"model.attention: {attention.get_name()!r} has no backward pass on the {device.type}; "
-            "train on another device (hardware.device), or with another attention"
-        )
     corpus = prepare(config, resolved, console, checkpoint)
     train, validation = corpus.splits["train"], corpus.splits["validation"]
     require(train, "train", config.max_seq_len)
@@ -79,6 +80,8 @@ def assemble(
     model.recompute = training.recompute
     for plugin in config.plugins:
         set_active(model, plugin, False)
+    hooks.hook.apt_model_built(config=config, model=model)
+    shard(model, config, ranks)
     if ranks.rank:
         # The weights are the same everywhere, what is drawn in training is not.
         torch.manual_seed(training.seed + 1_000_003 * ranks.rank)
@@ -95,7 +98,7 @@ def assemble(
         buffers=scheduled_buffers(model),
         optimizer=make_optimizer(model, config),
         rate=learning_rate(config, max_steps),
-        proof=ProofOfUse(model),
+        proof=ProofOfUse(model, resolved.plugins),
     )
 
 

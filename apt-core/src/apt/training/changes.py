@@ -1,28 +1,52 @@
-"""What a resume may change in a profile, and what it may not."""
+"""What a resume or a branch may change in a profile, and what it may not."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from apt.core.config import APTConfig
 from apt.core.profile import to_profile
 from apt.errors import CheckpointError
 
-REFUSED = {
-    "model": "the weights would not fit, or would be those of another model",
-    "plugins": "the parts of the model belong to its plugins",
-    "data.tokenizer": "the ids would mean other text",
-    "training.batch_size": "its position in the text would mean another place",
-    "training.accumulate": "its position in the text would mean another place",
-    "training.steps_per_epoch": "epochs would be counted anew",
-    "training.seed": "the order of the text would be another",
-}
-FREE = ("model.dropout", "model.attention_dropout")
-"""What lies below a refused section and may change all the same."""
+
+@dataclass(frozen=True)
+class Rules:
+    """Dotted paths that may not change, with the reason, and those below them that may all the same."""
+
+    refused: Mapping[str, str]
+    free: tuple[str, ...]
 
 
-def check_changes(folder: Path, saved: APTConfig, now: APTConfig) -> list[str]:
+_WEIGHTS = "the weights would not fit, or would be those of another model"
+_IDS = "the ids would mean other text"
+_EPOCHS = "epochs would be counted anew"
+
+RESUME = Rules(
+    {
+        "model": _WEIGHTS,
+        "plugins": "the parts of the model belong to its plugins",
+        "data.tokenizer": _IDS,
+        "training.batch_size": "its position in the text would mean another place",
+        "training.accumulate": "its position in the text would mean another place",
+        "training.steps_per_epoch": _EPOCHS,
+        "training.seed": "the order of the text would be another",
+        "training.optimizer": "its memory would be of another form",
+    },
+    ("model.dropout", "model.attention_dropout"),
+)
+BRANCH = Rules(
+    {"model": _WEIGHTS, "data.tokenizer": _IDS, "training.steps_per_epoch": _EPOCHS},
+    (
+        *("model.dropout", "model.attention_dropout", "model.max_seq_len"),
+        *("model.attention", "model.ffn", "model.align", "model.retrieval"),
+    ),
+)
+"""Providers may change where the weights still fit, which loading them shows."""
+
+
+def check_changes(folder: Path, saved: APTConfig, now: APTConfig, rules: Rules) -> list[str]:
     """One line for each value that differs and may. Raises `CheckpointError` with all that may not."""
     allowed: list[str] = []
     refused: list[str] = []
@@ -31,9 +55,9 @@ def check_changes(folder: Path, saved: APTConfig, now: APTConfig) -> list[str]:
         old, new = before.get(path), after.get(path)
         if old == new:
             continue
-        reason = next((why for prefix, why in REFUSED.items() if f"{path}.".startswith(f"{prefix}.")), None)
+        reason = next((why for prefix, why in rules.refused.items() if _is_below(path, prefix)), None)
         line = f"{path}: {old!r} -> {new!r}"
-        if reason is None or path in FREE:
+        if reason is None or any(_is_below(path, each) for each in rules.free):
             allowed.append(line)
         else:
             refused.append(f"{line} ({reason})")
@@ -44,6 +68,10 @@ def check_changes(folder: Path, saved: APTConfig, now: APTConfig) -> list[str]:
             f"{folder}: the profile has changed since, and this run cannot go on with it:{listed}{more}"
         )
     return allowed
+
+
+def _is_below(path: str, prefix: str) -> bool:
+    return f"{path}.".startswith(f"{prefix}.")
 
 
 def _leaves(values: Mapping[str, object], above: str = "") -> Iterator[tuple[str, object]]:

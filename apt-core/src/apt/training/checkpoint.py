@@ -1,7 +1,8 @@
 """A checkpoint: a folder that holds the profile, the weights, the optimizer and everything that makes a resume exact.
 
 It is written to a temporary folder, flushed to the disk, renamed, and only then does `latest` point to it; a crash at any moment
-leaves the one before. A manifest holds a digest of each file, which is checked when it is read. Nothing is pickled.
+leaves the one before. A manifest holds a digest of each file, which is checked when it is read. Nothing is pickled. Where a model
+is split over ranks each writes its part (`apt.training.tensors`); what any number of ranks wrote, any number reads.
 """
 
 from __future__ import annotations
@@ -9,17 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -33,9 +31,25 @@ from apt.core.resolve import Resolved, resolve_config
 from apt.core.special import SpecialIds
 from apt.errors import CheckpointError
 from apt.hookspecs import RunState
+from apt.layers.sharded import local
 from apt.modeling.compose import ModelBuilder
 from apt.modeling.model import Decoder
 from apt.modeling.parts import set_active
+from apt.training.randoms import RandomState, find_state, name_tensors
+from apt.training.ranks import ALONE, Ranks
+from apt.training.tensors import (
+    PARTS,
+    copied,
+    model_tensors,
+    optimizer_tensors,
+    read_into,
+    saved_shapes,
+    split_apart,
+    write_parts,
+    write_whole,
+)
+
+T = TypeVar("T")
 
 PROFILE, WEIGHTS, OPTIMIZER, EXTRA, STATE = (
     "resolved.yaml",
@@ -45,7 +59,8 @@ PROFILE, WEIGHTS, OPTIMIZER, EXTRA, STATE = (
     "state.json",
 )
 MANIFEST, LATEST, BEST = "manifest.json", "latest", "best"
-FORMAT = 1
+FORMAT = 2
+"""Raised when older checkpoints can no longer be read."""
 IMPORTED = ""
 """The digest of the corpus of a model that was trained elsewhere: what it has read is not known."""
 
@@ -75,12 +90,18 @@ class Snapshot:
     step: int
     texts: Mapping[str, str | bytes]
     tensors: Mapping[str, Mapping[str, Tensor]]
+    """By file, what this rank holds whole; rank 0 writes it."""
     tokenizer: Tokenizer
+    parts: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    """By file, what is split over the ranks; each writes what it holds."""
 
-    @property
-    def num_bytes(self) -> int:
-        """About what it takes on the disk."""
-        return sum(tensor.nbytes for each in self.tensors.values() for tensor in each.values()) + 2**20
+    def num_bytes(self, ranks: Ranks = ALONE) -> int:
+        """About what it takes on the disk, all ranks together."""
+        whole, mine = (
+            sum(local(tensor).nbytes for each in group.values() for tensor in each.values())
+            for group in (self.tensors, self.parts)
+        )
+        return whole + sum(ranks.gather(mine)) + 2**20
 
 
 def take_snapshot(
@@ -102,8 +123,8 @@ def take_snapshot(
     `progress` is what the trainer itself wants to find again, as JSON values; `randoms` has the states of each rank.
     """
     plain, extra = _split(hooks)
-    for rank, each in enumerate(randoms):
-        extra |= {f"random.{name}.{rank}": tensor for name, tensor in each.tensors.items()}
+    extra |= name_tensors(randoms)
+    weights, (moments, numbers) = model_tensors(model), optimizer_tensors(model, optimizer)
     saved = {
         "format": FORMAT,
         "step": state.step,
@@ -114,7 +135,8 @@ def take_snapshot(
         "values": dict(state.values),
         "progress": dict(progress),
         "hooks": plain,
-        "random": [each.plain for each in randoms],
+        "optimizer": numbers,
+        "random": [dict(each.plain) for each in randoms],
         "corpus": corpus_digest,
         "lock": make_lock(resolved).to_dict(),
     }
@@ -123,48 +145,109 @@ def take_snapshot(
         record = record_of(resolution.provider)
         if record.sha256:
             texts[kept_name(record.name)] = code_of(record)
-    weights, moments = _distinct(model.state_dict()), _optimizer_tensors(model, optimizer)
     if copy:
-        weights, moments = ({key: value.cpu().clone() for key, value in each.items()} for each in (weights, moments))
-    return Snapshot(state.step, texts, {WEIGHTS: weights, OPTIMIZER: moments, EXTRA: extra}, tokenizer)
+        weights, moments = copied(weights), copied(moments)
+    whole, parts = {EXTRA: extra}, {}
+    for file, tensors in ((WEIGHTS, weights), (OPTIMIZER, moments)):
+        whole[file], split = split_apart(tensors)
+        if split:
+            parts[file] = split
+    return Snapshot(state.step, texts, whole, tokenizer, parts)
 
 
-def write_snapshot(run: Path, snapshot: Snapshot) -> Path:
+def write_snapshot(run: Path, snapshot: Snapshot, ranks: Ranks = ALONE) -> Path:
     """Write ``step-NNNNNN`` below `run`, whole or not at all, and point `latest` to it.
 
-    Raises `CheckpointError` where the disk has no room or refuses; what was saved before is untouched then.
+    Where the snapshot has parts, all `ranks` call it, on one file system. Raises `CheckpointError`, on all of them, where the
+    disk has no room or refuses; what was saved before is untouched then.
     """
     folder = run / f"step-{snapshot.step:06d}"
-    free = shutil.disk_usage(run).free
-    if snapshot.num_bytes > free:
-        raise CheckpointError(
-            f"{folder}: needs {snapshot.num_bytes / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free; make room and go on "
-            f"with --resume auto --out {run}; what was saved before is untouched"
-        )
     temporary = run / f".{folder.name}.part"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        for name, text in snapshot.texts.items():
-            (temporary / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-        for name, tensors in snapshot.tensors.items():
-            save_file(dict(tensors), temporary / name)
-        snapshot.tokenizer.save(temporary)
-        digests = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
-        (temporary / MANIFEST).write_text(json.dumps(digests, indent=1))
-        for path in temporary.iterdir():
+    needed = snapshot.num_bytes(ranks)
+
+    def write() -> None:
+        if ranks.is_main:
+            _require_room(folder, needed)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            for name, text in snapshot.texts.items():
+                (temporary / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+            for name, tensors in snapshot.tensors.items():
+                write_whole(temporary / name, tensors)
+            snapshot.tokenizer.save(temporary)
+
+    def seal() -> dict[str, str]:
+        mine = sorted(path for path in temporary.rglob("*") if path.is_file() and _writer(path) == ranks.rank)
+        digests = {path.relative_to(temporary).as_posix(): _digest(path) for path in mine}
+        for path in mine:
             _flush(path)
-        _flush(temporary)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-        _flush(run)
-        point(run, LATEST, folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise CheckpointError(f"{folder}: cannot be written: {reason}; what was saved before is untouched") from error
+        return digests
+
+    def finish() -> None:
+        if ranks.is_main:
+            (temporary / MANIFEST).write_text(json.dumps(dict(sorted(digests.items())), indent=1))
+            _flush(temporary / MANIFEST)
+            for inner in (*(path for path in temporary.rglob("*") if path.is_dir()), temporary):
+                _flush(inner)
+            if folder.exists():
+                shutil.rmtree(folder)
+            temporary.rename(folder)
+            _flush(run)
+            point(run, LATEST, folder)
+
+    stages = _Stages(folder, temporary, ranks)
+    stages.do(write)
+    for name, split in snapshot.parts.items():
+        stages.do(lambda name=name, split=split: write_parts(temporary / name, split, ranks))  # type: ignore[misc]
+    digests: dict[str, str] = {}
+    for found in ranks.gather(stages.do(seal)):
+        digests |= found
+    stages.do(finish)
     return folder
+
+
+class _Stages:
+    """The stages of writing one checkpoint: where one fails on any rank, it has failed on all."""
+
+    def __init__(self, folder: Path, temporary: Path, ranks: Ranks) -> None:
+        self.folder, self.temporary, self.ranks = folder, temporary, ranks
+
+    def do(self, stage: Callable[[], T]) -> T:
+        """One stage. Raises `CheckpointError`."""
+        error: BaseException | None = None
+        fault = ""
+        try:
+            result = stage()
+        except CheckpointError as told:
+            error, fault = told, str(told)
+        except OSError as told:
+            error, fault = told, told.strerror or str(told)
+        except SafetensorError as told:
+            error, fault = told, str(told)
+        faults = [each for each in self.ranks.gather(fault) if each]
+        if faults:
+            if self.ranks.is_main:
+                shutil.rmtree(self.temporary, ignore_errors=True)
+            if isinstance(error, CheckpointError):
+                raise error
+            raise CheckpointError(
+                f"{self.folder}: cannot be written: {'; '.join(dict.fromkeys(faults))}; what was saved before is untouched"
+            ) from error
+        return result
+
+
+def _require_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder.parent).free
+    if needed > free:
+        raise CheckpointError(
+            f"{folder}: needs {needed / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free; make room and go on "
+            f"with --resume auto --out {folder.parent}; what was saved before is untouched"
+        )
+
+
+def _writer(path: Path) -> int:
+    """The rank that wrote a file: those of parts are numbered from 1 on."""
+    return int(path.name.split("-")[1]) - 1 if path.parent.suffix == PARTS else 0
 
 
 def point(run: Path, pointer: str, folder: Path) -> None:
@@ -249,54 +332,73 @@ def read_state(saved: Mapping[str, object]) -> RunState:
     return RunState(**{name: saved[name] for name in names}, plugins_on=tuple(saved["plugins_on"]))  # type: ignore[arg-type]
 
 
-def load_weights(folder: Path, model: nn.Module) -> None:
-    """Put the weights in place; names and shapes must agree. Raises `CheckpointError`."""
-    weights = load_file(folder / WEIGHTS)
-    own = model.state_dict()
-    first = {tensor.data_ptr(): name for name, tensor in reversed(own.items())}
-    for name, tensor in own.items():
-        source = first[tensor.data_ptr()]
-        if name not in weights and source in weights:
-            weights[name] = weights[source]
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise CheckpointError(f"{folder}: its weights do not fit the profile's model: {error}") from error
+def load_weights(folder: Path, model: nn.Module, names: Mapping[str, str] | None = None) -> None:
+    """Put the weights in place; names and shapes must agree. Raises `CheckpointError`.
+
+    `names` says under which other names the checkpoint has some of them; a name that it maps to ``""`` is not read.
+    """
+    path, own = folder / WEIGHTS, model_tensors(model)
+    saved = saved_shapes(path)
+    wanted = {(names or {}).get(name, name): tensor for name, tensor in own.items()}
+    wanted.pop("", None)
+    faults = [f"{name} is missing" for name in wanted.keys() - saved.keys()]
+    faults += [f"the model has no {name}" for name in saved.keys() - wanted.keys()]
+    faults += [
+        f"{name} is {list(saved[name])}, the model's is {list(wanted[name].shape)}"
+        for name in saved.keys() & wanted.keys()
+        if saved[name] != tuple(wanted[name].shape)
+    ]
+    if faults:
+        raise CheckpointError(f"{folder}: its weights do not fit the profile's model: {_listed(faults)}")
+    read_into(path, wanted)
 
 
 def read_saved(folder: Path) -> dict[str, Any]:
-    """The plain part of a checkpoint."""
+    """The plain part of a checkpoint. Raises `CheckpointError` for one of another format."""
     saved: dict[str, Any] = json.loads((folder / STATE).read_text())
+    if saved["format"] != FORMAT:
+        raise CheckpointError(
+            f"{folder}: has format {saved['format']}, and this version of apt-core reads format {FORMAT}; "
+            "use the version that wrote it"
+        )
     return saved
 
 
-def restore(folder: Path, model: nn.Module, optimizer: Optimizer) -> tuple[RunState, dict[str, dict[str, object]]]:
-    """Put weights and optimizer in place, for going on; returns where the run stood and what its plugins had saved."""
+def restore(
+    folder: Path, model: nn.Module, optimizer: Optimizer, names: Mapping[str, str] | None = None
+) -> tuple[RunState, dict[str, dict[str, object]], list[str]]:
+    """Put weights and optimizer in place, for going on.
+
+    Returns where the run stood, what its plugins had saved, and the parameters of which the optimizer remembers nothing: only
+    with `names` (see `load_weights`) may there be any.
+    """
     saved = read_saved(folder)
-    load_weights(folder, model)
-    tensors = load_file(folder / OPTIMIZER)
+    load_weights(folder, model, names)
+    path, numbers = folder / OPTIMIZER, saved["optimizer"]
+    shapes = saved_shapes(path)
+    wanted: dict[str, Tensor] = {}
+    fresh: list[str] = []
     for name, parameter in model.named_parameters():
-        for key, value in optimizer.state[parameter].items():
-            # An imported model comes without an optimizer: its state stays that of the start.
-            if isinstance(value, Tensor) and (tensors or saved["corpus"] != IMPORTED):
-                value.copy_(tensors[f"{name}/{key}"].reshape(value.shape))
-    return read_state(saved), _joined(saved["hooks"], load_file(folder / EXTRA))
-
-
-@dataclass(frozen=True)
-class RandomState:
-    """The random states of one process: those of Python and NumPy as JSON values, those of PyTorch."""
-
-    plain: dict[str, Any]
-    tensors: dict[str, Tensor]
-
-    @classmethod
-    def now(cls) -> RandomState:
-        """As they are."""
-        tensors = {"torch": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            tensors["cuda"] = torch.cuda.get_rng_state()
-        return cls({"python": _listed(random.getstate()), "numpy": _numpy_state()}, tensors)
+        source = (names or {}).get(name, name)
+        memory = optimizer.state[parameter]
+        keys = {key: f"{source}/{key}" for key in memory}
+        if not all(
+            (tuple(memory[key].shape) == shapes.get(at)) if at in shapes else at in numbers for key, at in keys.items()
+        ):
+            fresh.append(name)
+            continue
+        for key, at in keys.items():
+            if at in shapes:
+                wanted[at] = memory[key]
+            elif isinstance(memory[key], Tensor):
+                memory[key].fill_(numbers[at])
+            else:
+                memory[key] = numbers[at]
+    # An imported model comes without an optimizer: its memory stays that of the start.
+    if fresh and names is None and saved["corpus"] != IMPORTED:
+        raise CheckpointError(f"{folder}: holds no memory of the optimizer for {_listed(fresh)}")
+    read_into(path, wanted)
+    return read_state(saved), _joined(saved["hooks"], load_file(folder / EXTRA)), fresh
 
 
 def restore_random(folder: Path, rank: int = 0) -> bool:
@@ -304,36 +406,15 @@ def restore_random(folder: Path, rank: int = 0) -> bool:
 
     Says whether the checkpoint holds any for this rank; one of fewer ranks does not.
     """
-    kept, extra = read_saved(folder)["random"], load_file(folder / EXTRA)
-    if rank >= len(kept):
-        return False
-    random.setstate(_tupled(kept[rank]["python"]))
-    name, keys, position, has_gauss, cached = kept[rank]["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(extra[f"random.torch.{rank}"])
-    if torch.cuda.is_available() and f"random.cuda.{rank}" in extra:
-        torch.cuda.set_rng_state(extra[f"random.cuda.{rank}"])
-    return True
+    state = find_state(read_saved(folder)["random"], load_file(folder / EXTRA), rank)
+    if state is not None:
+        state.restore()
+    return state is not None
 
 
-def _distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each tensor once: tied weights are saved under their first name."""
-    seen: dict[int, str] = {}
-    result: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if tensor.numel() and seen.setdefault(tensor.data_ptr(), name) != name:
-            continue
-        result[name] = tensor.contiguous()
-    return result
-
-
-def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}/{key}": value.contiguous()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state[parameter].items()
-        if isinstance(value, Tensor)
-    }
+def _listed(words: Iterable[str], most: int = 5) -> str:
+    ordered = sorted(words)
+    return ", ".join(ordered[:most]) + (f" and {len(ordered) - most} more" if len(ordered) > most else "")
 
 
 def _split(hooks: Mapping[str, Mapping[str, object]]) -> tuple[dict[str, dict[str, object]], dict[str, Tensor]]:
@@ -357,20 +438,6 @@ def _joined(plain: Mapping[str, dict[str, object]], tensors: Mapping[str, Tensor
             plugin, _, key = name.removeprefix("hooks.").partition("/")
             hooks.setdefault(plugin, {})[key] = tensor
     return hooks
-
-
-def _numpy_state() -> list[object]:
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    return [name, [int(key) for key in keys], position, has_gauss, cached]
-
-
-def _listed(value: object) -> object:
-    return [_listed(each) for each in value] if isinstance(value, tuple) else value
-
-
-def _tupled(value: object) -> tuple[object, ...]:
-    assert isinstance(value, list)
-    return tuple(tuple(each) if isinstance(each, list) else each for each in value)
 
 
 def _digest(path: Path) -> str:

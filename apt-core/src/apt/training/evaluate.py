@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from apt.data.batches import windows
 from apt.data.tokens import TokenSplit
 from apt.hookspecs import Batch
-from apt.training.ranks import Ranks
+from apt.training.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,6 @@ class Score:
     loss: float
     bits_per_byte: float
     num_tokens: int
-
-
-ALONE = Ranks()
 
 
 @torch.no_grad()
@@ -54,10 +52,14 @@ def score(
     bytes_per_token: float,
     device: torch.device | None = None,
     ranks: Ranks = ALONE,
+    training: bool = False,
 ) -> tuple[Score, dict[str, Tensor]]:
-    """Score these batches, each rank its rows of each; losses and metrics are weighted by tokens."""
+    """Score these batches, each rank its rows of each; losses and metrics are weighted by tokens.
+
+    With `training` the model is scored as it trains: with dropout, and with what a capacity drops.
+    """
     was_training = model.training
-    model.eval()
+    model.train(training)
     sums: dict[str, Tensor] = {
         _LOSS: torch.zeros((), dtype=torch.float64),
         _COUNT: torch.zeros((), dtype=torch.float64),
@@ -85,6 +87,20 @@ def score(
     mean = sums.pop(_LOSS).item() / max(1, num_tokens)
     metrics = {name: (total / max(1, num_tokens)).float() for name, total in sums.items()}
     return Score(mean, mean / math.log(2) / bytes_per_token, num_tokens), metrics
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """A context after which random states and the model's buffers are what they were before."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
 
 
 _LOSS, _COUNT = "(loss)", "(count)"

@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from apt.core.resolution import record_of
 from apt.errors import UserError
 from apt.hookspecs import Batch
 from apt.layers import as_part
+from apt.layers.sharded import local
 from apt.modeling.parts import BoundPart, find_parts
+from apt.training.evaluate import untouched
+
+
+class Source(NamedTuple):
+    """Where a number that is not finite came from: in the output of a part (0), in a loss (1), in gradients (2); and in words."""
+
+    where: int
+    what: str
 
 
 @torch.no_grad()
-def find_source(model: nn.Module, batches: list[Batch]) -> str:
-    """Whose modules first produce a number that is not finite on these batches, or whose gradients are not.
+def find_source(
+    model: nn.Module, precision: torch.autocast, batches: list[Batch], losses: Mapping[str, Tensor]
+) -> Source:
+    """Whose modules first produce a number that is not finite on these batches, or which loss, or whose gradients are not.
 
-    The forward pass is repeated with the same weights; no random state is left changed.
+    The forward pass is repeated with the same weights; no random state or buffer is left changed.
     """
     first: list[str] = []
 
-    def note(part: BoundPart) -> object:
+    def note(part: BoundPart) -> RemovableHandle:
         def hook(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
             results = [output] if isinstance(output, Tensor) else [as_part(output).output] if output else []  # type: ignore[arg-type]
             if not first and any(not bool(each.isfinite().all()) for each in results):
@@ -33,29 +46,33 @@ def find_source(model: nn.Module, batches: list[Batch]) -> str:
         return part.module.register_forward_hook(hook)
 
     handles = [note(part) for part in find_parts(model)]
-    states = torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    try:
-        for batch in batches:
-            model(batch.tokens)
-    finally:
-        for handle in handles:
-            handle.remove()  # type: ignore[attr-defined]
-        torch.set_rng_state(states[0])
-        if states[1] is not None:
-            torch.cuda.set_rng_state(states[1])
+    # Hooks see nothing of what is compiled.
+    with untouched(model), precision, torch.compiler.set_stance("force_eager"):
+        try:
+            for batch in batches:
+                model(batch.tokens)
+        finally:
+            for handle in handles:
+                handle.remove()
     if first:
-        return f"first in the output of {first[0]}"
-    return _gradients(model)
+        return Source(0, f"first in the output of {first[0]}")
+    broken = [name for name, value in losses.items() if name != "loss" and not bool(value.isfinite().all())]
+    if broken:
+        return Source(1, f"every part's output is finite; in the added loss {broken[0]!r}")
+    return Source(2, _gradients(model))
 
 
 def _gradients(model: nn.Module) -> str:
     """Where gradients are not finite, the last parameter first: the backward pass comes by it first."""
+    parts = find_parts(model)
     named = [(name, each.grad) for name, each in model.named_parameters() if each.grad is not None]
-    broken = [name for name, grad in reversed(named) if not bool(grad.isfinite().all())]
+    broken = [name for name, grad in reversed(named) if not bool(local(grad).isfinite().all())]
     if not broken:
         return "in the loss alone"
     more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-    return f"every output is finite; in the gradients of {', '.join(broken[:3])}{more}"
+    makers = [record_of(part.provider) for part in parts if broken[0].startswith(f"{part.path}.")]
+    made = f", which {makers[-1].key} ({makers[-1].distribution} {makers[-1].version}) made" if makers else ""
+    return f"every output is finite; in the gradients of {', '.join(broken[:3])}{more}{made}"
 
 
 @contextlib.contextmanager

@@ -3,34 +3,93 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import cast
 
 import torch
-from torch import nn
-from torch.optim import AdamW
+from torch import Tensor, nn
+from torch.optim import AdamW, Muon, Optimizer
 
 from apt.core.config import APTConfig
 
 
-def make_optimizer(model: nn.Module, config: APTConfig) -> AdamW:
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with weight decay on matrices alone.
+def make_optimizer(model: nn.Module, config: APTConfig) -> Optimizer:
+    """The profile's optimizer, with weight decay on matrices alone.
 
-    Every parameter has its state from the start, inert ones too, so that what a checkpoint holds never changes its shape. A
+    Every parameter has its memory from the start, inert ones too, so that what a checkpoint holds never changes its shape. A
     parameter without a gradient is left alone: no decay, no step.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if config.training.optimizer == "adamw":
+        optimizer: Optimizer = _adamw(parameters, config)
+    else:
+        inside = {id(each) for each in model.get_submodule("blocks").parameters()}
+        matrices = [each for each in parameters if each.dim() == 2 and id(each) in inside]
+        chosen = {id(each) for each in matrices}
+        optimizer = MuonWithAdamW(matrices, [each for each in parameters if id(each) not in chosen], config)
+    for parameter in parameters:
+        optimizer.state[parameter] = (
+            {"momentum_buffer": torch.zeros_like(parameter)}
+            if isinstance(optimizer, MuonWithAdamW) and optimizer.is_muons(parameter)
+            else {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        )
+    return optimizer
+
+
+class MuonWithAdamW(Optimizer):
+    """Muon for the matrices of blocks, AdamW for all else, as one optimizer with one memory and one list of groups.
+
+    Muon orthogonalises the momentum of a whole matrix; embeddings, the head, vectors and stacked experts are none. Its updates
+    are scaled to the size of AdamW's, so that both share the learning rate and the decay (Jordan et al. 2024; Liu et al. 2025,
+    arXiv:2502.16982, section 2.2).
+    """
+
+    def __init__(self, matrices: Sequence[Tensor], others: Sequence[Tensor], config: APTConfig) -> None:
+        self.adamw = _adamw(others, config)
+        self.muon = Muon(
+            cast("Iterable[nn.Parameter]", matrices),
+            lr=config.base_lr,
+            weight_decay=config.weight_decay,
+            momentum=config.training.betas[1],
+            adjust_lr_fn="match_rms_adamw",
+        )
+        self._matrices = {id(each) for each in matrices}
+        groups = [*self.muon.param_groups, *self.adamw.param_groups]
+        super().__init__([dict(each) for each in groups], {"lr": config.base_lr})
+        # The same groups and the same memory: what is set or read here is what the two of them use.
+        self.param_groups = groups
+        self.muon.state = self.adamw.state = self.state
+
+    def is_muons(self, parameter: Tensor) -> bool:
+        """Whether this parameter is one of Muon's."""
+        return id(parameter) in self._matrices
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of both."""
+        self.muon.step()  # type: ignore[no-untyped-call]
+        self.adamw.step()
+
+    def __str__(self) -> str:
+        stacked = sum(each.dim() > 2 for group in self.adamw.param_groups for each in group["params"])
+        rest = sum(len(group["params"]) for group in self.adamw.param_groups) - stacked
+        return (
+            f"muon trains {len(self._matrices)} matrices of the blocks; adamw the {rest} embeddings, heads and vectors"
+            + (f", and {stacked} stacks of experts, which muon cannot take" if stacked else "")
+        )
+
+
+def _adamw(parameters: Sequence[Tensor], config: APTConfig) -> AdamW:
+    """Loshchilov and Hutter 2019, arXiv:1711.05101."""
     groups = [
         {"params": [each for each in parameters if each.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [each for each in parameters if each.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizer = AdamW(groups, lr=config.base_lr, betas=config.training.betas, fused=True)
-    for parameter in parameters:
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
-    return optimizer
+    return AdamW(groups, lr=config.base_lr, betas=config.training.betas, fused=True)
 
 
 def learning_rate(config: APTConfig, max_steps: int) -> Callable[[int], float]:

@@ -1,33 +1,79 @@
 """Proof of use: what the profile names has really run and really learns, or the run stops.
 
 A provider that is switched on and does nothing is the failure that no loss curve shows. So at the first optimizer step in which
-a part is on, its modules are watched: each must have run, and each trainable parameter must have got a finite gradient.
+a part is on, its modules are watched: each must have run, and each trainable parameter must have got a finite gradient. A loss
+that a provider declares must have arrived by the first step in which it weighs anything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from apt.core.provider import Provider
+from apt.core.providers import Plugin
 from apt.core.registry import record_of
 from apt.errors import ProofOfUseError
+from apt.hookspecs import RunState
+from apt.layers.sharded import local
 from apt.modeling.parts import BoundPart, find_parts
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A loss that a provider says it adds, and what weighs it."""
+
+    name: str
+    weight: str
+    provider: Provider
+    where: str
+    module: nn.Module | None
+
+    def is_due(self, state: RunState) -> bool:
+        """Whether it must be there: its provider is on, and its weight is not 0."""
+        if self.module is None:
+            on = self.where.removeprefix("plugins.") in state.plugins_on
+        else:
+            on = getattr(self.module, "active", True)
+        return on and self._weight(state) != 0
+
+    def _weight(self, state: RunState) -> float:
+        buffer = getattr(self.module, self.provider.scheduled.get(self.weight, self.weight), None)
+        if isinstance(buffer, torch.Tensor):
+            return buffer.item()
+        if self.weight in state.values:
+            return state.values[self.weight]
+        option = getattr(self.provider, self.weight, 1.0) if self.weight else 1.0
+        return float(option)
 
 
 class ProofOfUse:
     """Watches the parts that have not proven themselves yet."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, plugins: Mapping[str, Plugin] | None = None) -> None:
         self.model = model
         self.pending = find_parts(model)
+        parts: list[tuple[str, nn.Module | None, Provider]] = [
+            (part.path, part.module, part.provider) for part in self.pending
+        ]
+        parts += [(f"plugins.{name}", None, plugin) for name, plugin in (plugins or {}).items()]
+        self.awaited = [
+            Declared(name, weight, provider, where, module)
+            for where, module, provider in parts
+            for name, weight in provider.losses.items()
+        ]
+        self._settled: tuple[str, ...] | None = None
         self._ran: set[nn.Module] = set()
         self._handles: list[RemovableHandle] = []
 
-    def due(self) -> list[BoundPart]:
-        """The parts that are on and have not been proven."""
+    def due(self, state: RunState) -> list[BoundPart]:
+        """The parts that are on and have not been proven. What is on changes with the plugins that are."""
+        if not self.pending or state.plugins_on == self._settled:
+            return []
         idle = self._idle()
         return [part for part in self.pending if getattr(part.module, "active", True) and part.module not in idle]
 
@@ -43,24 +89,42 @@ class ProofOfUse:
         self._handles.clear()
         self._ran.clear()
 
-    def check(self, parts: list[BoundPart], step: int) -> None:
-        """After the backward pass: raise `ProofOfUseError` naming every part that did not run or got no gradient."""
+    def check(self, parts: list[BoundPart], state: RunState, losses: Collection[str]) -> None:
+        """After the backward pass, with the names of the `losses` that it had.
+
+        Raises `ProofOfUseError` naming every part that did not run or got no gradient, and every declared loss that is not there.
+        """
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        idle = self._idle()
-        faults = [fault for part in parts for fault in self._faults(part, idle)]
+        faults = self._missing(state, losses)
+        if parts:
+            idle = self._idle()
+            faults += [fault for part in parts for fault in self._faults(part, idle)]
         if faults:
             raise ProofOfUseError(
-                f"step {step}: what is switched on does not take part in training:\n  " + "\n  ".join(faults)
+                f"step {state.step}: what is switched on does not take part in training:\n  " + "\n  ".join(faults)
             )
         proven = {part.path for part in parts}
         self.pending = [part for part in self.pending if part.path not in proven]
+        self._settled = state.plugins_on
         self._ran.clear()
 
+    def _missing(self, state: RunState, losses: Collection[str]) -> list[str]:
+        due = [each for each in self.awaited if each.is_due(state)]
+        if not due:
+            return []
+        idle = self._idle()
+        due = [each for each in due if each.module not in idle]
+        self.awaited = [each for each in self.awaited if each not in due]
+        return [
+            f"{_name(each.provider)}, {each.where}: declares the loss {each.name!r}, which did not arrive"
+            for each in due
+            if each.name not in losses
+        ]
+
     def _faults(self, part: BoundPart, idle: Collection[nn.Module]) -> list[str]:
-        record = record_of(part.provider)
-        who = f"{record.key} ({record.distribution} {record.version}), {part.path}"
+        who = f"{_name(part.provider)}, {part.path}"
         if part.module not in self._ran:
             return [f"{who}: its module did not run"]
         faults = []
@@ -71,7 +135,7 @@ class ProofOfUse:
                 full = ".".join(filter(None, (path, name)))
                 if parameter.requires_grad and parameter.grad is None:
                     faults.append(f"{who}: its parameter {full} got no gradient")
-                elif parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+                elif parameter.grad is not None and not torch.isfinite(local(parameter.grad)).all():
                     faults.append(f"{who}: the gradient of its parameter {full} is not finite")
         return faults
 
@@ -86,3 +150,8 @@ class ProofOfUse:
 
     def _note(self, module: nn.Module, *_: object) -> None:
         self._ran.add(module)
+
+
+def _name(provider: Provider) -> str:
+    record = record_of(provider)
+    return f"{record.key} ({record.distribution} {record.version})"

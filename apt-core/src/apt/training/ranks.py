@@ -10,7 +10,8 @@ import datetime
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from apt.core.config import APTConfig
 from apt.errors import AptError, UserError
+
+T = TypeVar("T")
 
 TIMEOUT = datetime.timedelta(minutes=10)
 """How long a rank waits for one that is busy; one that has died is missed at once."""
@@ -30,6 +33,8 @@ class Ranks:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    group: dist.ProcessGroup | None = None
+    """What they speak over; None: what all of the process speaks over."""
 
     @property
     def is_main(self) -> bool:
@@ -46,7 +51,7 @@ class Ranks:
         if self.size == 1 or not values:
             return dict(values)
         flat = torch.cat([value.detach().double().reshape(-1) for value in values.values()])
-        dist.all_reduce(flat)
+        dist.all_reduce(flat, group=self.group)
         parts = torch.split(flat, [value.numel() for value in values.values()])
         return {
             name: part.reshape(value.shape).to(value.dtype)
@@ -58,28 +63,37 @@ class Ranks:
         if self.size == 1:
             return flag
         told = torch.tensor(float(flag))
-        dist.all_reduce(told, dist.ReduceOp.MAX)
+        dist.all_reduce(told, dist.ReduceOp.MAX, group=self.group)
         return bool(told.item())
 
-    def gather(self, value: object) -> list[object]:
+    def gather(self, value: T) -> list[T]:
         """Every rank's value, on all of them."""
         if self.size == 1:
             return [value]
-        values: list[object] = [None] * self.size
-        dist.all_gather_object(values, value)
+        values = [value] * self.size
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def check_equal(self, what: str, value: str) -> None:
         """Raise `AptError`, on all ranks, where they do not agree."""
         values = self.gather((value, socket.gethostname()))
-        if len({each[0] for each in values}) > 1:  # type: ignore[index]
-            listed = ", ".join(f"rank {rank} on {each[1]}: {each[0]}" for rank, each in enumerate(values))  # type: ignore[index]
+        if len({each[0] for each in values}) > 1:
+            listed = ", ".join(f"rank {rank} on {each[1]}: {each[0]}" for rank, each in enumerate(values))
             raise AptError(f"the ranks of this run do not agree on {what}: {listed}")
 
     def wait(self) -> None:
         """Until every rank is here."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(self.group)
+
+    def beside(self) -> Ranks:
+        """The same ranks with a line of their own, for a thread that works beside training; all ranks call it."""
+        if self.size == 1:
+            return self
+        return replace(self, group=dist.new_group(backend="gloo", timeout=TIMEOUT))
+
+
+ALONE = Ranks()
 
 
 @contextlib.contextmanager
@@ -94,7 +108,7 @@ def join_ranks(config: APTConfig) -> Iterator[Ranks]:
         return
     if config.hardware.parallel == "none":
         raise UserError(
-            f"hardware.parallel: none, but torchrun started {size} processes; set ddp, or start it without torchrun"
+            f"hardware.parallel: none, but torchrun started {size} processes; set ddp or fsdp, or start it without torchrun"
         )
     batch = config.training.batch_size
     if batch % size:

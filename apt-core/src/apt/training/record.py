@@ -73,8 +73,9 @@ def write_record(
     corpus_digest: str,
     parameters: int,
     calibration: Mapping[str, object] | None = None,
+    parent: Mapping[str, object] | None = None,
 ) -> None:
-    """What the run was made of: providers asked for and used, how products are computed, the environment, the source tree."""
+    """What the run was made of: providers asked for and used, how products are computed, its parent, where it ran."""
     wanted = {"apt-core", "torch", "numpy", "pydantic", "safetensors"} | {
         each.distribution for each in resolved.resolutions
     }
@@ -82,6 +83,7 @@ def write_record(
     record = {
         "name": config.name,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "parent": parent,
         "parameters": parameters,
         "calibration": calibration,
         "corpus_sha256": corpus_digest,

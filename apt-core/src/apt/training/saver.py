@@ -7,17 +7,21 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from apt.training.checkpoint import BEST, LATEST, Snapshot, list_checkpoints, point, write_snapshot
+from apt.training.ranks import ALONE, Ranks
 
 
 class Saver:
     """Writes the snapshots of one run. Kept are the last `keep_last` and, with `keep_best`, the one of the lowest loss.
 
     Only when a checkpoint is whole and pointed to is an older one removed. Checkpoints of later steps than the one that is
-    written, left over from a run that was resumed from an earlier one, stay until they are overtaken.
+    written, left over from a run that was resumed from an earlier one, stay until they are overtaken. With `ranks` of more than
+    one, all of them save: each has a part of every snapshot.
     """
 
-    def __init__(self, run: Path, *, keep_last: int, keep_best: bool, asynchronous: bool) -> None:
+    def __init__(self, run: Path, *, keep_last: int, keep_best: bool, asynchronous: bool, ranks: Ranks = ALONE) -> None:
         self.run, self.keep_last, self.keep_best = run, keep_last, keep_best
+        # What a thread says to other ranks must not come between what training says to them.
+        self.ranks = ranks.beside() if asynchronous else ranks
         self.best: float | None = None
         self._pool = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._writing: Future[None] | None = None
@@ -53,7 +57,9 @@ class Saver:
                 self._pool.shutdown()
 
     def _write(self, snapshot: Snapshot, is_best: bool) -> None:
-        folder = write_snapshot(self.run, snapshot)
+        folder = write_snapshot(self.run, snapshot, self.ranks)
+        if not self.ranks.is_main:
+            return
         if is_best:
             point(self.run, BEST, folder)
         named = {(self.run / name).read_text().strip() for name in (LATEST, BEST) if (self.run / name).is_file()}

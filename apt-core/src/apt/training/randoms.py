@@ -1,0 +1,70 @@
+"""The random states of a process, as JSON values and tensors."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """Those of Python and NumPy as JSON values, those of PyTorch as tensors."""
+
+    plain: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    @classmethod
+    def now(cls) -> RandomState:
+        """As they are."""
+        tensors = {"torch": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            tensors["cuda"] = torch.cuda.get_rng_state()
+        return cls({"python": _listed(random.getstate()), "numpy": _numpy_state()}, tensors)
+
+    def restore(self) -> None:
+        """Make them what they were."""
+        random.setstate(_tupled(self.plain["python"]))
+        name, keys, position, has_gauss, cached = self.plain["numpy"]
+        np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+        torch.set_rng_state(self.tensors["torch"])
+        if torch.cuda.is_available() and "cuda" in self.tensors:
+            torch.cuda.set_rng_state(self.tensors["cuda"])
+
+
+def name_tensors(states: Sequence[RandomState]) -> dict[str, Tensor]:
+    """The tensors of all ranks, each with a name of its own."""
+    return {
+        f"random.{name}.{rank}": tensor for rank, state in enumerate(states) for name, tensor in state.tensors.items()
+    }
+
+
+def find_state(plain: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor], rank: int) -> RandomState | None:
+    """The state of one rank from what was saved of all; None where there were fewer."""
+    if rank >= len(plain):
+        return None
+    mine = {
+        name.split(".")[1]: tensor
+        for name, tensor in tensors.items()
+        if name.startswith("random.") and name.endswith(f".{rank}")
+    }
+    return RandomState(plain[rank], mine)
+
+
+def _numpy_state() -> list[object]:
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return [name, [int(key) for key in keys], position, has_gauss, cached]
+
+
+def _listed(value: object) -> object:
+    return [_listed(each) for each in value] if isinstance(value, tuple) else value
+
+
+def _tupled(value: object) -> tuple[object, ...]:
+    assert isinstance(value, list)
+    return tuple(tuple(each) if isinstance(each, list) else each for each in value)

@@ -1,0 +1,133 @@
+"""One optimizer step: micro-batches, loss, gradient, proof of use, clipping, update. Nothing of it is kept from step to step."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from apt.core.config import APTConfig
+from apt.core.hooks import HookRunner
+from apt.data.batches import Batches
+from apt.errors import NotFiniteError
+from apt.hookspecs import Batch, RunState
+from apt.modeling.model import Decoder
+from apt.training.guard import find_source
+from apt.training.parallel import Parallel, alike, clip, gradient_norm
+from apt.training.proof import ProofOfUse
+from apt.training.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Done:
+    """A step that was taken: the state after it, and what is to be said of it."""
+
+    state: RunState
+    tokens: int
+    """Targets that counted, of all ranks."""
+    losses: dict[str, Tensor]
+    """This rank's share in the step's losses, by name; their sum over all ranks is the step's."""
+    norm: float
+    rate: float
+    metrics: dict[str, float]
+
+
+class Step:
+    """Takes the steps of a run, one by one."""
+
+    def __init__(
+        self,
+        config: APTConfig,
+        *,
+        hooks: HookRunner,
+        model: Decoder,
+        optimizer: Optimizer,
+        parallel: Parallel,
+        batches: Batches,
+        rate: Callable[[int], float],
+        proof: ProofOfUse,
+        ranks: Ranks,
+        device: torch.device,
+    ) -> None:
+        self.config, self.hooks, self.model, self.optimizer = config, hooks, model, optimizer
+        self.parallel, self.batches, self.rate, self.proof = parallel, batches, rate, proof
+        self.ranks, self.device = ranks, device
+        self.groups = alike([each for each in model.parameters() if each.requires_grad])
+
+    def take(self, state: RunState, first: int) -> Done:
+        """Train on the micro-batches from number `first` on.
+
+        Raises `NotFiniteError`, on all ranks, with nothing changed, where the loss or the gradient is not finite.
+        """
+        due = self.proof.due(state)
+        self.proof.watch(due)
+        micro = [self._batch(state, first + index) for index in range(self.config.training.accumulate)]
+        with torch.autograd.set_detect_anomaly(self.config.debug.detect_anomaly):
+            tokens, losses = self._backward(state, micro, eager=bool(due))
+        self.parallel.gather(self.groups)
+        total_norm = gradient_norm(self.groups)
+        norm = total_norm.item()
+        sound = math.isfinite(norm) and bool(torch.stack(list(losses.values())).isfinite().all())
+        if self.ranks.any(not sound):
+            self.proof.abandon()
+            what = self._explain(state, first, micro, losses)
+            self.optimizer.zero_grad(set_to_none=True)
+            raise NotFiniteError(what)
+        clip(self.groups, self.config.gradient_clip, total_norm)
+        self.proof.check(due, state, losses)
+        self.hooks.hook.apt_gradients_ready(state=state, model=self.model)
+        rate = self.rate(state.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        state = replace(state, step=state.step + 1)
+        metrics: dict[str, float] = {}
+        self.hooks.hook.apt_step_end(state=state, model=self.model, metrics=metrics)
+        return Done(state, tokens, losses, norm, rate, metrics)
+
+    def _batch(self, state: RunState, index: int) -> Batch:
+        """This rank's part of a micro-batch, as the plugins leave it."""
+        whole = self.batches.get(index)
+        batch = Batch(*(self.ranks.share(each).to(self.device) for each in (whole.tokens, whole.targets)))
+        self.hooks.hook.apt_batch_prepare(state=state, batch=batch)
+        return batch
+
+    def _backward(self, state: RunState, micro: list[Batch], *, eager: bool) -> tuple[int, dict[str, Tensor]]:
+        """The gradient of the mean loss over all tokens of the step, of all ranks; how many tokens, and the losses."""
+        counts = [each.targets.numel() if each.mask is None else int(each.mask.sum()) for each in micro]
+        total = max(1, int(self.ranks.sum({"": torch.tensor(sum(counts))})[""]))
+        # Proofs watch modules run, which a compiled block does not show.
+        stance = torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext()
+        losses: dict[str, Tensor] = {}
+        for number, (batch, count) in enumerate(zip(micro, counts, strict=True), 1):
+            with stance, self.parallel.micro_batch(last=number == len(micro)):
+                # Gradients are averaged over the ranks.
+                share, told = self.parallel.forward(
+                    state, batch, weight=count * self.ranks.size / total, extra_weight=1 / len(micro)
+                )
+                torch.autograd.backward(share)
+            told = {
+                name: value * (count / total if name == "loss" else 1 / (len(micro) * self.ranks.size))
+                for name, value in told.items()
+            }
+            losses = {name: losses[name] + value if name in losses else value for name, value in told.items()}
+        return total, losses
+
+    def _explain(self, state: RunState, first: int, micro: list[Batch], losses: dict[str, Tensor]) -> str:
+        """Which step, which batch, and whose modules; from the rank that saw it first."""
+        source = find_source(self.model, self.parallel.step.autocast(self.device), micro, losses)
+        found = self.ranks.gather(source)
+        # An output, or a loss, is nearer to the cause than the gradients, which the exchange has spoilt everywhere.
+        rank = min(range(len(found)), key=lambda each: found[each].where)
+        who = f", rank {rank}" if self.ranks.size > 1 else ""
+        last = first + len(micro) - 1
+        return (
+            f"step {state.step}: the loss or its gradient is not finite (micro-batches {first} to {last} of seed "
+            f"{self.config.training.seed}{who}): {found[rank].what}"
+        )

@@ -1,0 +1,121 @@
+"""One step: micro-batches make the gradient of a large batch, whatever the optimizer and the precision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from apt.core.config import APTConfig
+from apt.core.hooks import HookRunner
+from apt.core.profile import load_profile
+from apt.hookspecs import Batch, RunState
+from apt.layers.memory import memory_for
+from apt.modeling.compose import ModelBuilder
+from apt.training.loss import LossStep
+from apt.training.optim import MuonWithAdamW, make_optimizer
+from apt.training.parallel import alike, clip, gradient_norm
+
+STATE = RunState(0, 0, 1, 1)
+
+
+def build(profile: Path, *sets: str) -> tuple[APTConfig, nn.Module]:
+    loaded = load_profile(profile, sets=sets)
+    torch.manual_seed(0)
+    return loaded.config, ModelBuilder(loaded.config, resolved=loaded.resolved).build_model()
+
+
+def gradient(profile: Path, batch: Batch, parts: int, *sets: str) -> dict[str, torch.Tensor]:
+    """Of a batch in so many micro-batches, weighted as the trainer weighs them."""
+    config, model = build(profile, *sets)
+    step = LossStep(model, HookRunner(), config.training.precision)  # type: ignore[arg-type]
+    mask = batch.mask
+    assert mask is not None
+    pieces = [Batch(*each) for each in zip(*(x.chunk(parts) for x in (batch.tokens, batch.targets, mask)), strict=True)]
+    for piece in pieces:
+        assert piece.mask is not None
+        share, _ = step(STATE, piece, weight=float(piece.mask.sum() / mask.sum()), extra_weight=1 / parts)
+        share.backward()
+    return {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_micro_batches_have_the_gradient_of_one_large_batch(
+    profile_file: Path, precision: str, recompute: bool
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(3, 259, (8, 17), generator=generator)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], torch.rand(8, 16, generator=generator) < 0.7)
+    sets = [f"training.precision={precision}", f"training.recompute={str(recompute).lower()}"]
+    one, many = gradient(profile_file, batch, 1, *sets), gradient(profile_file, batch, 4, *sets)
+    assert one.keys() == many.keys()
+    tolerance = 1e-6 if precision == "fp32" else 2e-2
+    for name, grad in one.items():
+        torch.testing.assert_close(many[name], grad, atol=tolerance, rtol=tolerance if precision == "bf16" else 0)
+
+
+def test_clipping_brings_the_whole_gradient_to_the_limit(profile_file: Path) -> None:
+    _, model = build(profile_file)
+    model(torch.randint(3, 259, (2, 16))).logits.square().mean().backward()
+    parameters = list(model.parameters())
+    groups = alike(parameters)
+    norm = gradient_norm(groups)
+    assert norm.item() == pytest.approx(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).norm())
+    clip(groups, 0.0, norm)
+    assert gradient_norm(groups).item() == pytest.approx(norm.item())
+    clip(groups, 0.5 * norm.item(), norm)
+    assert gradient_norm(groups).item() == pytest.approx(0.5 * norm.item(), rel=1e-4)
+
+
+def test_decay_is_of_matrices_alone(profile_file: Path) -> None:
+    for optimizer in ("adamw", "muon"):
+        config, model = build(profile_file, f"training.optimizer={optimizer}", "training.weight_decay=0.5")
+        made = make_optimizer(model, config)
+        for group in made.param_groups:
+            for parameter in group["params"]:
+                assert (group["weight_decay"] == 0.5) is (parameter.dim() >= 2)
+        grouped = [id(each) for group in made.param_groups for each in group["params"]]
+        assert sorted(grouped) == sorted(id(each) for each in model.parameters())
+
+
+def test_muon_takes_the_matrices_of_blocks_and_steps_with_adamw_as_one(profile_file: Path) -> None:
+    config, model = build(profile_file, "training.optimizer=muon")
+    made = make_optimizer(model, config)
+    assert isinstance(made, MuonWithAdamW)
+    names = {name for name, parameter in model.named_parameters() if made.is_muons(parameter)}
+    assert names
+    assert all(name.startswith("blocks.") for name in names)
+    assert "embedding.weight" not in names
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    model(torch.randint(3, 259, (2, 16))).logits.square().mean().backward()
+    for group in made.param_groups:
+        group["lr"] = 0.0
+    made.step()
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    for group in made.param_groups:
+        group["lr"] = 1e-2
+    made.step()
+    assert not [name for name, parameter in model.named_parameters() if torch.equal(before[name], parameter)]
+    made.zero_grad()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_momentum_is_inherited_as_moments_that_noise_would_have_left() -> None:
+    torch.manual_seed(0)
+    matrix, stack = nn.Parameter(torch.zeros(64, 64)), nn.Parameter(torch.zeros(3, 64, 64))
+    config = APTConfig()
+    optimizer = MuonWithAdamW([matrix], [stack], config)
+    momentum = torch.zeros(64, 64)
+    for _ in range(200):
+        momentum.lerp_(0.3 * torch.randn(64, 64), 1 - config.training.betas[1])
+    optimizer.state[matrix] = {"momentum_buffer": momentum}
+    optimizer.state[stack] = {"step": torch.tensor(200.0), "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}
+    memory = memory_for(stack, matrix, optimizer)
+    assert memory["step"] == 200
+    assert torch.equal(memory["exp_avg"], momentum)
+    assert memory["exp_avg_sq"].mean().item() == pytest.approx(0.3**2, rel=0.1)
+    assert memory_for(matrix, matrix, optimizer) == {"momentum_buffer": momentum}
+    assert memory_for(stack, nn.Parameter(torch.zeros(2)), optimizer) == {}

@@ -1,0 +1,152 @@
+"""Every switch in mid-run has a certificate, and what a provider declares arrives or stops the run."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from rich.console import Console
+
+from apt.core.config import APTConfig
+from apt.errors import ProofOfUseError, SwitchError
+from apt.training.checkpoint import list_checkpoints
+from apt.training.record import read_metrics
+from apt.training.trainer import Trainer
+from apt_align.plugin import AlignPlugin
+from apt_moe.routers import TopK
+
+
+def changed(config: APTConfig, section: str, **values: object) -> APTConfig:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+
+def with_ffn(config: APTConfig, **options: object) -> APTConfig:
+    return config.model_copy(update={"options": {**config.options, "ffn": {**config.options["ffn"], **options}}})
+
+
+def train(config: APTConfig, out: Path) -> str:
+    output = io.StringIO()
+    Trainer(config, out, console=Console(file=output, width=300)).fit()
+    return output.getvalue()
+
+
+def switches(out: Path) -> list[dict[str, Any]]:
+    return [event for event in read_metrics(out) if event["event"] == "switch"]
+
+
+def test_each_switch_is_measured_shown_and_recorded(tiny: APTConfig, tmp_path: Path) -> None:
+    said = train(with_ffn(tiny, capacity=1.0), tmp_path / "run")
+    moe, align = switches(tmp_path / "run")
+    assert (moe["plugin"], moe["step"], align["plugin"], align["step"]) == ("moe", 5, "align", 10)
+    for event in (moe, align):
+        assert event["change"] == event["loss_after"] - event["loss_before"]
+        assert abs(event["change"]) < 1e-5
+        assert event["holds"]
+        assert event["tolerance"] == 1e-4
+    # In training some tokens are dropped, and that costs something; alignment drops nothing new.
+    assert 0 < moe["moe_dropped"] < 0.5
+    assert moe["change_in_training"] != 0
+    assert "moe_dropped" not in align
+    assert "moe on; loss of a fixed held-out batch" in said
+    assert f"moe_dropped {moe['moe_dropped']:.4f}" in said
+
+
+def test_measuring_a_switch_changes_no_bit(tiny: APTConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bias = {"provider": "sigmoid_bias", "top_k": 2}
+    config = with_ffn(tiny, router=bias).model_copy(update={"dropout": 0.1, "schedules": {**tiny.schedules}})
+    schedules = {key: value for key, value in config.schedules.items() if key != "route_temp"}
+    config = config.model_copy(update={"schedules": schedules})
+    weights = []
+    for name in ("measured", "unmeasured"):
+        if name == "unmeasured":
+            monkeypatch.setattr(Trainer, "_measure", lambda self, training: (0.0, {}))
+        result = Trainer(config, tmp_path / name, console=Console(file=io.StringIO())).fit()
+        weights.append(result.model.state_dict())
+    assert not [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])]
+
+
+def test_a_switch_that_changes_too_much_stops_the_run_and_is_recorded(tiny: APTConfig, tmp_path: Path) -> None:
+    redrawn = with_ffn(tiny, redraw=0.5)
+    with pytest.raises(
+        SwitchError, match=r"step 5: switching 'moe' on changed the loss .* by [+-].*switch_tolerance allows 1e-04"
+    ):
+        train(redrawn, tmp_path / "run")
+    (moe,) = switches(tmp_path / "run")
+    assert not moe["holds"]
+    assert abs(moe["change"]) > 1e-4
+    assert [folder.name for folder in list_checkpoints(tmp_path / "run")] == ["step-000005"]
+    train(changed(redrawn, "training", switch_tolerance=None), tmp_path / "meant")
+    assert switches(tmp_path / "meant")[0]["holds"]
+    with pytest.raises(SwitchError, match="'moe'"):
+        train(changed(redrawn, "training", switch_tolerance=1e-3 * abs(moe["change"])), tmp_path / "tight")
+
+
+def test_a_declared_loss_that_never_arrives_stops_the_run(
+    tiny: APTConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Silent(AlignPlugin):
+        losses: ClassVar[Mapping[str, str]] = {"align": "align_weight", "promise": ""}
+
+    from apt.core.registry import registry
+
+    registry.register("plugin", "align", Silent, override=True)
+    try:
+        with pytest.raises(ProofOfUseError, match=r"step 10: .*\n.*plugins.align: declares the loss 'promise', which"):
+            train(tiny, tmp_path / "plugin")
+    finally:
+        registry.register("plugin", "align", AlignPlugin, override=True)
+    monkeypatch.setattr(TopK, "losses", {**TopK.losses, "promise": "balance_loss"})
+    with pytest.raises(
+        ProofOfUseError, match=r"step 5: .*\n.*router.topk_default .*blocks.0.ffn.router: declares the loss 'promise'"
+    ):
+        train(tiny, tmp_path / "part")
+
+
+def test_a_loss_that_weighs_nothing_is_not_waited_for(
+    tiny: APTConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TopK, "losses", {"promise": "balance_loss"})
+    router = {"provider": "topk_default", "top_k": 2, "balance_loss": 0.0, "z_loss": 0.0}
+    train(with_ffn(tiny, router=router), tmp_path / "run")
+    # Alignment is on from step 10, and its weight is 0 until a schedule lifts it.
+    late = {**tiny.schedules, "align_weight": {"start": 0.0, "end": 0.1, "by": "step", "warmup": 18}}
+    train(with_ffn(tiny, router=router).model_copy(update={"schedules": late}), tmp_path / "late")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_experts_inherit_what_the_optimizer_remembers(tiny: APTConfig, tmp_path: Path, optimizer: str) -> None:
+    seen: dict[str, Any] = {}
+
+    class Looking(Trainer):
+        def _certified(self, certificate, state):  # type: ignore[no-untyped-def]
+            super()._certified(certificate, state)
+            if certificate.plugin == "moe":
+                ffn = self.model.blocks[0].ffn
+                for name, dense in ffn.dense.named_parameters():
+                    stack = ffn.experts.layer.get_parameter(name)
+                    memory = [
+                        {key: value.clone() for key, value in self.optimizer.state[each].items()}
+                        for each in (dense, stack)
+                    ]
+                    seen[name] = (dense.detach().clone(), stack.detach().clone(), *memory)
+
+    config = changed(tiny, "training", optimizer=optimizer)
+    output = io.StringIO()
+    Looking(config, tmp_path / "run", console=Console(file=output, width=300)).fit()
+    assert seen
+    for dense, stack, before, after in seen.values():
+        assert all(torch.equal(expert, dense) for expert in stack)
+        assert after.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert after["step"] == 5
+        momentum = before.get("exp_avg", before.get("momentum_buffer"))
+        assert momentum.abs().sum() > 0
+        assert all(torch.equal(expert, momentum) for expert in after["exp_avg"])
+        assert bool((after["exp_avg_sq"] > 0).any())
+    said = "muon trains" in output.getvalue()
+    assert said is (optimizer == "muon")
+    if said:
+        assert "stacks of experts, which muon cannot take" in output.getvalue()
