@@ -105,3 +105,70 @@ def _texts(files: list[tuple[str, Path]], empty: str) -> Iterator[Document]:
         raise DataError(empty)
     yield first
     yield from documents
+
+
+class Datasets(DataProvider):
+    """A dataset of Hugging Face's `datasets`, from its hub or from files: each row a document, whose `field` is the text."""
+
+    api_level: ClassVar[int] = 1
+
+    path: str = Field(description="a dataset's name or folder, or a format such as json, csv, parquet or text")
+    config: str | None = Field(default=None, description="which of the dataset's configurations")
+    split: str = Field(default="train", description="which of its splits is read; 80/10/10 is of these rows")
+    field: str = Field(default="text", description="the column that holds the text")
+    data_files: str | list[str] | None = Field(default=None, description="the files, for a format; " + PATH)
+    revision: str | None = Field(default=None, description="a branch, tag or commit of the hub; a commit never changes")
+    streaming: bool = Field(default=True, description="whether rows are read one by one, and nothing is kept on disk")
+    limit: int | None = Field(default=None, ge=1, description="so many rows, the first ones; none: all")
+
+    @classmethod
+    def get_dependencies(cls) -> list[str]:
+        """The extra `datasets` brings it."""
+        return ["datasets>=3"]
+
+    def read(self) -> Iterator[Document]:
+        """A document a row, blank ones left out. Raises `DataError` where the library or a row does not give one."""
+        import datasets
+
+        from apt.data.files import take_field
+
+        where = f"{self.path} ({self.split})"
+        number, empty = 0, True
+        try:
+            rows = datasets.load_dataset(
+                self.path,
+                self.config,
+                data_files=self._files(),
+                split=self.split,
+                revision=self.revision,
+                streaming=self.streaming,
+            )
+            for number, row in enumerate(rows if self.limit is None else rows.take(self.limit), 1):
+                text = take_field(row, self.field, f"{where}: row {number}")
+                if text.strip():
+                    empty = False
+                    yield Document(f"{self.split}:{number:010}", text)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise DataError(f"data.source: datasets: {where}: after {number} rows: {error}") from error
+        if empty:
+            raise DataError(f"data.source: datasets: {where} has no row with text")
+
+    def fingerprint(self) -> str | None:
+        """Names, sizes and times of files that lie here, or the commit; a branch of the hub may move."""
+        from apt.data.files import find_files, fingerprint
+
+        if self.data_files is not None and not self._is_remote():
+            return fingerprint(find_files(self.data_files, "*"))
+        commit = self.revision or ""
+        return commit if len(commit) == 40 and set(commit) <= set("0123456789abcdef") else None
+
+    def _files(self) -> str | list[str] | None:
+        if self.data_files is None or self._is_remote():
+            return self.data_files
+        from apt.data.files import find_files
+
+        return [str(path) for _, path in find_files(self.data_files, "*")]
+
+    def _is_remote(self) -> bool:
+        files = [self.data_files] if isinstance(self.data_files, str) else self.data_files or []
+        return any("://" in each for each in files)

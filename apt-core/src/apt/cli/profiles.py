@@ -156,7 +156,7 @@ def _complete(profile: Profile) -> dict[str, object]:
     values: dict[str, object] = dict(to_profile(profile.config))
     for resolution in profile.resolved.resolutions:
         holder, *path = resolution.where.split(".")
-        if holder == "plugins":
+        if holder in ("plugins", "monitoring"):
             continue
         inner = values[holder]
         for key in path:

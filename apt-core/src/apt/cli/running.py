@@ -91,11 +91,17 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
 
     plot = commands.add_parser(
         "plot",
-        help="draw a run: losses, scheduled values, switches",
-        description="Draw a run, finished or not: losses, learning rate, scheduled values, and when what was switched on.",
+        help="draw runs: losses, scheduled values, expert load, switches",
+        description="Draw a run, finished or not, or several in one picture: losses, learning rate, scheduled values, what "
+        "evaluations measured, and when what was switched on.",
     )
-    plot.add_argument("folder", type=Path, metavar="RUN", help="a run's folder")
-    plot.add_argument("--out", type=Path, metavar="FILE", help="a .png or .svg file (default: loss.png in the run)")
+    plot.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="a run's folder; several are compared")
+    plot.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="a .png or .svg file (default: loss.png in the run, comparison.png here for several)",
+    )
     plot.set_defaults(run=_plot)
 
 
@@ -175,7 +181,13 @@ def _run(
     from apt.training.trainer import Trainer
 
     result = Trainer(
-        profile.config, out, resolved=profile.resolved, resume=resume, branch=branch, strict_lock=strict_lock
+        profile.config,
+        out,
+        resolved=profile.resolved,
+        resume=resume,
+        branch=branch,
+        strict_lock=strict_lock,
+        given=profile.files,
     ).fit()
     if os.environ.get("RANK", "0") == "0":
         _point_to(result.folder)
@@ -340,7 +352,7 @@ def _score(run: LoadedRun, split: TokenSplit, what: str) -> Score:
 
 
 def _plot(arguments: argparse.Namespace) -> int:
-    from apt.training.plot import plot_run
+    from apt.training.plot import plot_runs
 
-    print(plot_run(arguments.folder, arguments.out))
+    print(plot_runs(arguments.folders, arguments.out))
     return 0

@@ -67,8 +67,9 @@ class Lock:
 
 
 def make_lock(resolved: Resolved) -> Lock:
-    """Pin the providers of a resolved profile."""
-    return Lock(tuple(_pin(where, provider) for where, provider in resolved.parts()))
+    """Pin the providers of a resolved profile; loggers make no model, and may change."""
+    parts = ((where, provider) for where, provider in resolved.parts() if provider.kind != "logger")
+    return Lock(tuple(_pin(where, provider) for where, provider in parts))
 
 
 def compare(saved: Lock, now: Lock) -> list[Fault]:

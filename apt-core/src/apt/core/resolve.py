@@ -16,7 +16,7 @@ from apt.core.exclusions import find_conflicts
 from apt.core.hooks import HookRunner
 from apt.core.options import below, join, relative
 from apt.core.provider import Provider
-from apt.core.providers import AttentionProvider, FFNProvider, Plugin, TokenizerProvider
+from apt.core.providers import AttentionProvider, FFNProvider, LoggerProvider, Plugin, TokenizerProvider
 from apt.core.registry import Registry, Resolution
 from apt.core.schedules import SWITCH, Schedule
 from apt.errors import (
@@ -44,6 +44,8 @@ class Resolved:
     """By name, in the profile's order, which is the order of their hooks."""
     resolutions: tuple[Resolution, ...]
     """What was asked for and what is used, for all of them, nested ones too."""
+    loggers: tuple[LoggerProvider, ...]
+    """What is told every event, in the profile's order."""
     scheduled: Mapping[str, Provider]
     """The values that a schedule may move, and the first provider that offers each."""
 
@@ -107,6 +109,7 @@ class _Resolver:
         self._add(providers, "data", "data", config.data.choice, key="source")
         self._add(providers, "tokenizer", "data.tokenizer", config.data.tokenizer)
         plugins = self._plugins()
+        loggers = self._loggers()
         scheduled: dict[str, Provider] = {}
         for resolution in self.resolutions:
             for value in resolution.provider.scheduled:
@@ -120,7 +123,7 @@ class _Resolver:
             self._ask(plugins)
         if self.faults:
             raise ProfileError(self.faults)
-        return Resolved(providers, plugins, tuple(self.resolutions), scheduled)
+        return Resolved(providers, plugins, tuple(self.resolutions), loggers, scheduled)
 
     def _add(
         self, providers: dict[str, Provider], kind: str, where: str, choice: Choice, key: str = "provider"
@@ -161,6 +164,17 @@ class _Resolver:
                 self.faults.append(Fault("plugins", str(error)))
             plugins[name] = plugin
         return plugins
+
+    def _loggers(self) -> tuple[LoggerProvider, ...]:
+        monitoring = self.config.monitoring
+        asked = {f"loggers.{index}": choice for index, choice in enumerate(monitoring.loggers)}
+        if monitoring.tensorboard:
+            asked["tensorboard"] = Choice(provider="tensorboard")
+        found = []
+        for where, choice in asked.items():
+            named_at = f"monitoring.{where}"
+            found.append(self._resolve("logger", named_at, choice, named_at))
+        return tuple(each for each in found if isinstance(each, LoggerProvider))
 
     def _ask(self, plugins: Mapping[str, Plugin]) -> None:
         """Let each plugin refuse what it cannot work with."""

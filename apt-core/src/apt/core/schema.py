@@ -42,7 +42,7 @@ class _Writer:
     def write(self) -> tuple[Schema, list[str]]:
         for kind, names in self.registry.list_providers().items():
             self.classes[kind] = self._load(kind, names)
-        for kind in {*self.classes, *KINDS, "router", "tokenizer"}:
+        for kind in {*self.classes, *KINDS, "router", "tokenizer", "logger"}:
             self.defs.setdefault(kind, self._kind(kind))
         config = self._object(APTConfig)
         properties = config["properties"]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, PlainSerializer, WithJsonSchema
 
 MINUTES = r"^\d+(\.\d+)? ?min$"
 
@@ -90,6 +91,25 @@ class Evaluation(Section):
     max_batches: int | None = Field(default=None, ge=1, description="batches an evaluation; none: the whole split")
     sample_prompt: str = Field(default="", description="the prompt of the sample after training")
     sample_tokens: int = Field(default=200, ge=0, description="the length of that sample")
+    samples: bool = Field(default=False, description="whether such a sample is drawn at each evaluation as well")
+
+
+def _asked(value: object) -> object:
+    """A provider as a profile asks for it: a name, or a mapping of `provider` and its options."""
+    if isinstance(value, str):
+        return {"provider": value}
+    if isinstance(value, Mapping) and "options" not in value:
+        return {"provider": value.get("provider"), "options": {k: v for k, v in value.items() if k != "provider"}}
+    return value
+
+
+def _said(choice: Choice) -> dict[str, JsonValue]:
+    return {"provider": choice.provider, **choice.options}
+
+
+Logging = Annotated[
+    Choice, BeforeValidator(_asked), PlainSerializer(_said), WithJsonSchema({"x-provider-kind": "logger"})
+]
 
 
 class Monitoring(Section):
@@ -97,6 +117,8 @@ class Monitoring(Section):
 
     log_every: int = Field(default=10, ge=1, description="optimizer steps between lines of metrics.jsonl")
     plot: bool = True
+    tensorboard: bool = Field(default=False, description="whether TensorBoard's event files are written")
+    loggers: tuple[Logging, ...] = Field(default=(), description="providers that are told every event")
     spike: float | None = Field(
         default=None,
         gt=0,
@@ -108,6 +130,11 @@ class Hardware(Section):
     """Where it runs."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    peak_flops: float | None = Field(
+        default=None,
+        gt=0,
+        description="floating-point operations a second of one device, to say which share is used; none: known GPUs' own",
+    )
     threads: int | None = Field(default=None, ge=1, description="CPU threads; none: PyTorch's choice")
     matmul: Literal["strict", "auto"] = Field(
         default="strict",

@@ -18,9 +18,9 @@ from apt.errors import DataError
 from apt.hookspecs import Batch
 
 Ids = NDArray[np.unsignedinteger[Any]]
-PAGES = 2**16
-"""Bytes that the system maps at once around a place that is read."""
-HELD = 2**25
+PAGES = 2**20
+"""Bytes that the system may map around a place that is read: Linux maps a whole folio, which readahead makes this large."""
+HELD = 2**26
 """Bytes of a file that may stay mapped: beyond them the pages are let go, back to the system's own cache of files."""
 
 
@@ -64,8 +64,9 @@ class TokenSplit:
 
     def _let_go(self, touched: int) -> None:
         self._touched += touched
-        if self._touched > HELD and self._pages is not None and hasattr(mmap, "MADV_DONTNEED"):
-            self._pages.madvise(mmap.MADV_DONTNEED)
+        if self._touched > HELD and self._pages is not None and len(self._pages) > HELD:
+            if hasattr(mmap, "MADV_DONTNEED"):
+                self._pages.madvise(mmap.MADV_DONTNEED)
             self._touched = 0
 
 

@@ -18,8 +18,9 @@ from apt.modeling.compose import ModelBuilder
 from apt.pretrained.gguf import open_gguf
 from apt.pretrained.llama import from_theirs
 from apt.pretrained.sources import Source, open_folder
+from apt.training.card import write_card
 from apt.training.checkpoint import IMPORTED, take_snapshot, write_snapshot
-from apt.training.record import write_card, write_record
+from apt.training.record import write_record
 
 PROFILE = "profile.yaml"
 """What further training starts from: `train -p RUN/profile.yaml --resume auto --out RUN`."""
@@ -62,8 +63,8 @@ def import_model(
             raise UserError(f"{path}: does not fit the profile's model: {sorted({*missing, *unexpected})}")
     tell(f"writing {out}")
     parameters = sum(each.numel() for each in model.parameters())
-    write_record(out, profile.config, profile.resolved, IMPORTED, parameters)
-    write_card(out, profile.config, profile.resolved, {"imported from": path, "parameters": f"{parameters:,}"})
+    write_record(out, profile.config, profile.resolved, None, parameters)
+    write_card(out, profile.config, profile.resolved, None, {"imported from": path, "parameters": f"{parameters:,}"})
     training = profile.config.training
     snapshot = take_snapshot(
         config=profile.config,

@@ -26,6 +26,7 @@ MODULES = {
     "retrieval": "retrieval",
     "data": "text",
     "tokenizer": "text",
+    "logger": "logger",
 }
 """Kind -> the module of `apt.testing` that holds its checks; every kind has those of `descriptor` too."""
 

@@ -1,90 +1,272 @@
-"""The picture of a run: losses above, scheduled values and the learning rate below, switches marked in both."""
+"""The picture of a run, or of several side by side: losses, learning rate, scheduled values, expert load, switches marked in all.
+
+Lines carry their names and last values at their ends; the colours are those of Okabe and Ito (2008), which nearly everybody can
+tell apart, and cividis (Nunez, Anderton and Renslow 2018, arXiv:1712.01662).
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from apt.training.record import PLOT, read_metrics
+from apt.errors import UserError
+from apt.training.record import METRICS, PLOT, read_metrics
 
-_INK, _FAINT = "#222222", "#9aa0a6"
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COMPARISON = "comparison.png"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_INK, _FAINT = "#222222", "#8a9099"
+LABEL = 28
+"""Characters of a run's name that the picture has room for."""
+_SMOOTHED = 100
+"""Points of the training loss from which on a mean is drawn over them."""
+_OF_EVERY_EVALUATION = frozenset({"event", "step", "epoch", "split", "loss", "bits_per_byte", "values", "plugins_on"})
+
+Points = list[tuple[float, float]]
+
+
+@dataclass
+class Course:
+    """What `metrics.jsonl` of one run has to draw: points (step, value), and tables (step, values of the vector)."""
+
+    name: str
+    colour: str
+    train: Points = field(default_factory=list)
+    held_out: Points = field(default_factory=list)
+    bits_per_byte: float = math.nan
+    rate: Points = field(default_factory=list)
+    values: dict[str, Points] = field(default_factory=dict)
+    measured: dict[str, Points] = field(default_factory=dict)
+    tables: dict[str, list[tuple[float, list[float]]]] = field(default_factory=dict)
+    switches: list[tuple[float, str]] = field(default_factory=list)
+    last: float = 0
 
 
 def plot_run(folder: Path, target: Path | None = None) -> Path:
-    """Draw a run's `metrics.jsonl` as PNG or SVG (by the target's ending); returns the file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """Draw one run, into ``loss.png`` in its folder where no other file is named."""
+    return plot_runs([folder], target)
 
-    events = read_metrics(folder)
-    train = [event for event in events if event["event"] == "train"]
-    held_out = [event for event in events if event["event"] == "evaluation"]
-    switches = [event for event in events if event["event"] == "switch"]
-    figure = Figure(figsize=(8, 5.6), layout="constrained", dpi=150)
-    FigureCanvasAgg(figure)
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.3))
-    above.plot(_column(train, "step"), _column(train, "loss"), color=_FAINT, linewidth=0.9, label="training")
-    above.plot(
-        _column(held_out, "step"),
-        _column(held_out, "loss"),
-        color="#1a56b0",
-        linewidth=1.8,
-        marker="o",
-        markersize=4,
-        label="held out",
-    )
-    above.set_ylabel("loss (nats a token)")
-    if held_out:
-        last = held_out[-1]
-        above.annotate(
-            f"{last['loss']:.3f} nats\n{last['bits_per_byte']:.3f} bits a byte",
-            (last["step"], last["loss"]),
-            xytext=(-6, 26),
-            textcoords="offset points",
-            ha="right",
-            fontsize=8,
-            color="#1a56b0",
-        )
-    names = sorted({name for event in train for name in _values(event)})
-    peak = max((float(str(event["learning_rate"])) for event in train), default=1.0)
-    below.plot(
-        _column(train, "step"),
-        [float(str(e["learning_rate"])) / peak for e in train],
-        color=_FAINT,
-        linewidth=1.2,
-        label=f"learning rate / {peak:.0e}",
-    )
-    for name, color in zip(names, ("#b3541e", "#2a7f62", "#7a3e9d", "#b0204f", "#5b6f00") * 4, strict=False):
-        points = [(event["step"], _values(event)[name]) for event in train if name in _values(event)]
-        below.plot(*zip(*points, strict=True), color=color, linewidth=1.4, label=name, drawstyle="steps-pre")
-    below.set_xlabel("step")
-    below.set_ylabel("scheduled")
-    for axes in (above, below):
-        for event in switches:
-            axes.axvline(float(str(event["step"])), color=_INK, linewidth=0.8, linestyle=(0, (4, 3)))
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", linewidth=0.3)
-    above.legend(frameon=False, fontsize=8, loc="upper right")
-    below.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    top = above.get_ylim()[1]
-    for event in switches:
-        above.annotate(
-            f"{event['plugin']} on",
-            (float(str(event["step"])), top),
-            xytext=(3, -9),
-            textcoords="offset points",
-            fontsize=8,
-            color=_INK,
-        )
-    above.set_title(folder.name, loc="left", fontsize=10, color=_INK)
-    path = folder / PLOT if target is None else target
-    figure.savefig(path)
+
+def plot_runs(folders: Sequence[Path], target: Path | None = None) -> Path:
+    """Draw runs as PNG or SVG (by the target's ending); returns the file.
+
+    Several go to ``comparison.png`` in the working directory where no other file is named. Raises `UserError` where a folder
+    holds no metrics, or none of training yet.
+    """
+    path = target or (folders[0] / PLOT if len(folders) == 1 else Path(COMPARISON))
+    if path.suffix not in (".png", ".svg"):
+        raise UserError(f"{path}: a picture is .png or .svg")
+    if len(folders) > len(COLOURS):
+        raise UserError(f"{len(folders)} runs are too many for one picture; {len(COLOURS)} can be told apart")
+    names = _names(folders)
+    courses = [_read(folder, name, colour) for folder, name, colour in zip(folders, names, COLOURS, strict=False)]
+    _draw(courses).savefig(path)
     return path
 
 
-def _column(events: Sequence[dict[str, object]], name: str) -> list[float]:
-    return [float("nan") if event[name] is None else float(str(event[name])) for event in events]
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The folders' own names, with those above where two have the same, cut at the left where they are too long for a label."""
+    whole = [folder.resolve() for folder in folders]
+    own = [path.name for path in whole]
+    names = [path.name if own.count(path.name) == 1 else f"{path.parent.name}/{path.name}" for path in whole]
+    return [name if len(name) <= LABEL else f"…{name[1 - LABEL :]}" for name in names]
 
 
-def _values(event: dict[str, object]) -> dict[str, float]:
-    values = event.get("values")
-    return values if isinstance(values, dict) else {}
+def _read(folder: Path, name: str, colour: str) -> Course:
+    if not (folder / METRICS).is_file():
+        raise UserError(f"{folder}: holds no {METRICS}; give the folder of a run")
+    course = Course(name, colour)
+    for event in read_metrics(folder):
+        step = float(str(event.get("step", 0)))
+        if event["event"] == "train":
+            course.last = max(course.last, step)
+            course.train.append((step, _number(event["loss"])))
+            course.rate.append((step, _number(event["learning_rate"])))
+            values = event["values"]
+            for key, value in values.items() if isinstance(values, dict) else ():
+                course.values.setdefault(key, []).append((step, _number(value)))
+        elif event["event"] == "evaluation":
+            course.held_out.append((step, _number(event["loss"])))
+            course.bits_per_byte = _number(event["bits_per_byte"])
+            for key in sorted(set(event) - _OF_EVERY_EVALUATION):
+                value = event[key]
+                if isinstance(value, list) and value and not isinstance(value[0], list):
+                    course.tables.setdefault(key, []).append((step, [_number(each) for each in value]))
+                elif isinstance(value, int | float):
+                    course.measured.setdefault(key, []).append((step, _number(value)))
+        elif event["event"] == "switch":
+            course.switches.append((step, str(event["plugin"])))
+    if not course.train:
+        raise UserError(f"{folder}: has no step of training in its {METRICS} yet")
+    return course
+
+
+def _number(value: object) -> float:
+    return math.nan if value is None else float(str(value))
+
+
+def _draw(courses: Sequence[Course]) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    values = sorted({name for course in courses for name in course.values})
+    measured = sorted({name for course in courses for name in course.measured})
+    tables = [(course, name) for course in courses for name in sorted(course.tables)]
+    switches = [(step, plugin, course) for course in courses for step, plugin in course.switches]
+    rows = [0.2 * max(1, len(switches)), 3.2, *[0.75] * (1 + len(values) + len(measured))]
+    rows += [min(2.2, 0.5 + 0.12 * len(course.tables[name][-1][1])) for course, name in tables]
+    figure = Figure(figsize=(9, 0.9 + 1.1 * sum(rows)), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(h_pad=0.05, hspace=0.02)  # type: ignore[union-attr,call-arg]
+    head, loss, *others = figure.subplots(len(rows), 1, sharex=True, height_ratios=rows)
+    last = max(course.last for course in courses)
+    loss.set_xlim(0, last)
+    _draw_losses(loss, courses)
+    small = iter(others)
+    rates = next(small)
+    _draw_lines(rates, "learning rate", [(course, course.rate) for course in courses])
+    for name in values:
+        axes = next(small)
+        lines = [(course, course.values[name]) for course in courses if name in course.values]
+        _draw_lines(axes, name, lines, steps=True)
+    for name in measured:
+        axes = next(small)
+        _draw_lines(axes, name, [(course, course.measured[name]) for course in courses if name in course.measured])
+    for (course, name), axes in zip(tables, small, strict=True):
+        _draw_table(figure, axes, course, name, alone=len(courses) == 1)
+    _draw_switches(head, [loss, *others], switches, last, alone=len(courses) == 1)
+    for axes in (loss, *others):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8, color=_FAINT)
+    figure.align_ylabels(others)
+    others[-1].set_xlabel("step", fontsize=9)
+    title = courses[0].name if len(courses) == 1 else "held-out loss (points) and training loss of several runs"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=_INK)
+    return figure
+
+
+def _draw_losses(axes: Axes, courses: Sequence[Course]) -> None:
+    alone = len(courses) == 1
+    labels: list[tuple[float, str, str]] = []
+    shown: list[float] = []
+    for course in courses:
+        faint = _FAINT if alone else course.colour
+        steps, losses = zip(*course.train, strict=True)
+        smooth = _smooth(losses) if len(losses) >= _SMOOTHED else None
+        axes.plot(steps, losses, color=faint, linewidth=0.7, alpha=0.35 if smooth or not alone else 0.9)
+        if smooth:
+            axes.plot(steps, smooth, color=faint, linewidth=1.2, alpha=1.0 if alone else 0.6)
+        finite = sorted(loss for loss in losses if math.isfinite(loss))
+        shown += finite[: max(1, math.ceil(0.94 * len(finite)))]
+        if alone or not course.held_out:
+            end = (smooth or losses)[-1]
+            labels.append((end, "training" if alone else f"{course.name}\ntraining", faint))
+        if course.held_out:
+            x, y = zip(*course.held_out, strict=True)
+            axes.plot(x, y, color=course.colour, linewidth=1.8, marker="o", markersize=4)
+            shown += y
+            words = f"{y[-1]:.3f} nats a token\n{course.bits_per_byte:.3f} bits a byte"
+            labels.append((y[-1], f"{'held out' if alone else course.name}\n{words}", course.colour))
+    shown = [each for each in shown if math.isfinite(each)]
+    if shown:
+        room = 0.04 * (max(shown) - min(shown)) or 0.1
+        axes.set_ylim(min(shown) - room, max(shown) + room)
+    axes.set_ylabel("loss (nats a token)", fontsize=9)
+    axes.grid(axis="y", linewidth=0.3)
+    _label_ends(axes, labels)
+
+
+def _draw_lines(axes: Axes, name: str, lines: Sequence[tuple[Course, Points]], *, steps: bool = False) -> None:
+    labels: list[tuple[float, str, str]] = []
+    same = len({tuple(points) for _, points in lines}) == 1
+    for course, points in lines[:1] if same else lines:
+        colour = _INK if same and len(lines) > 1 else course.colour
+        x, y = zip(*points, strict=True)
+        axes.plot(x, y, color=colour, linewidth=1.4, drawstyle="steps-pre" if steps else "default")
+        labels.append((y[-1], f"{y[-1]:.3g}", colour))
+    axes.margins(y=0.2)
+    axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+    axes.locator_params(axis="y", nbins=3)
+    axes.ticklabel_format(axis="y", scilimits=(-3, 4))
+    axes.yaxis.get_offset_text().set_fontsize(7)
+    axes.grid(axis="y", linewidth=0.3)
+    _label_ends(axes, labels)
+
+
+def _draw_table(figure: Figure, axes: Axes, course: Course, name: str, *, alone: bool) -> None:
+    """A vector over time: each evaluation is a column that reaches back to the one before."""
+    table = course.tables[name]
+    length = max(len(vector) for _, vector in table)
+    before = max((step for step, _ in course.held_out if step < table[0][0]), default=0.0)
+    edges = [before, *(step for step, _ in table)]
+    cells = [[vector[row] if row < len(vector) else math.nan for _, vector in table] for row in range(length)]
+    mesh = axes.pcolormesh(edges, range(length + 1), cells, cmap="cividis", vmin=0.0, rasterized=True)
+    axes.set_yticks([0.5, length - 0.5], ["0", str(length - 1)])
+    axes.invert_yaxis()
+    axes.set_ylabel(name if alone else f"{name}\n{course.name}", rotation=0, ha="right", va="center", fontsize=9)
+    # A scale inside of the figure's own grid would make the other rows narrower.
+    scale = figure.colorbar(mesh, cax=axes.inset_axes((1.012, 0.0, 0.012, 1.0)))
+    scale.ax.tick_params(labelsize=7)
+    scale.outline.set_visible(False)
+
+
+def _draw_switches(
+    head: Axes, others: Sequence[Axes], switches: Sequence[tuple[float, str, Course]], last: float, *, alone: bool
+) -> None:
+    """A row for each name above, so that near switches do not cover each other, and a line through all below."""
+    head.axis("off")
+    head.set_ylim(0, 1)
+    for row, (step, plugin, course) in enumerate(sorted(switches, key=lambda each: each[:2])):
+        colour = _INK if alone else course.colour
+        y = 1 - (row + 0.5) / len(switches)
+        head.plot((step, step), (y, 0), color=colour, linewidth=0.9, linestyle=(0, (4, 3)))
+        for axes in others:
+            axes.axvline(step, color=colour, linewidth=0.9, linestyle=(0, (4, 3)))
+        right = step <= 0.75 * last
+        head.annotate(
+            f"{plugin} on at step {step:,.0f}" + ("" if alone else f" ({course.name})"),
+            (step, y),
+            xytext=(4 if right else -4, 0),
+            textcoords="offset points",
+            ha="left" if right else "right",
+            va="center",
+            fontsize=8,
+            color=colour,
+            # The lines of others pass behind it.
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
+        )
+
+
+def _label_ends(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
+    """Names at the right, each as near to its line's end as the others leave room for."""
+    labels = sorted((label for label in labels if math.isfinite(label[0])), key=lambda label: label[0])
+    low, high = axes.get_ylim()
+    assert axes.figure is not None
+    # The height of a line of text; the axes' own is that before the layout, which differs by little.
+    line = 8 * 1.3 / 72 * axes.figure.dpi / max(1.0, axes.bbox.height)
+    places = [(label[0] - low) / (high - low) for label in labels]
+    halves = [line * (1 + label[1].count("\n")) / 2 for label in labels]
+    for index in range(1, len(places)):
+        places[index] = max(places[index], places[index - 1] + halves[index - 1] + halves[index])
+    over = places[-1] + halves[-1] - 1.0 if places else 0.0
+    if over > 0:
+        # Push down from the top what was pushed up too far.
+        limit = 1.0
+        for index in reversed(range(len(places))):
+            places[index] = min(places[index], limit - halves[index])
+            limit = places[index] - halves[index]
+    for place, (_, text, colour) in zip(places, labels, strict=True):
+        axes.text(1.012, place, text, color=colour, fontsize=8, va="center", transform=axes.transAxes, clip_on=False)
+
+
+def _smooth(losses: Sequence[float]) -> list[float]:
+    """The mean of a window around each point, a fortieth of all."""
+    half = max(1, len(losses) // 80)
+    windows = (losses[max(0, at - half) : at + half + 1] for at in range(len(losses)))
+    return [sum(window) / len(window) for window in windows]

@@ -1,16 +1,31 @@
-"""What is shown while training: a live bar on a terminal, plain lines elsewhere."""
+"""What is shown while training: a live bar with the numbers below it on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable
 from types import TracebackType
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from apt.hookspecs import RunState
 
 PLAIN_EVERY = 10.0
 """Seconds between lines where the output is no terminal."""
+
+
+class _Bar(Progress):
+    """The bar, and lines of text below it."""
+
+    below: tuple[str, ...] = ()
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """What is drawn."""
+        yield self.make_tasks_table(self.tasks)
+        for line in self.below:
+            yield Text(line, style="dim", no_wrap=True, overflow="ellipsis")
 
 
 class Report:
@@ -18,17 +33,19 @@ class Report:
 
     def __init__(self, console: Console, name: str, done: int, total: int) -> None:
         self.console, self.total = console, total
-        self._bar = Progress(
+        self._bar = _Bar(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
             transient=True,
+            expand=True,
         )
-        self._task = self._bar.add_task(name, total=total, completed=done, status="")
+        self._task = self._bar.add_task(name, total=total, completed=done)
         self._printed = time.monotonic()
 
     def __enter__(self) -> Report:
@@ -40,25 +57,19 @@ class Report:
     ) -> None:
         self._bar.stop()
 
-    def step(
-        self,
-        done: int,
-        loss: float,
-        tokens_per_second: float,
-        rate: float,
-        on: tuple[str, ...],
-        values: Mapping[str, float],
-    ) -> None:
-        """Show where the run stands."""
-        plugins = "+".join(on) or "no plugin"
-        status = f"loss {loss:.3f}  {tokens_per_second:,.0f} tok/s  lr {rate:.1e}  {plugins}"
-        self._bar.update(self._task, completed=done, status=status)
+    def step(self, state: RunState, loss: float, tokens_per_second: float, used: float | None, rate: float) -> None:
+        """Show where the run stands: `used` is the share of the devices' peak, `rate` the learning rate."""
+        share = "" if used is None else f"  MFU {used:.1%}"
+        plugins = "+".join(state.plugins_on) or "no plugin"
+        status = f"loss {loss:.3f}  {tokens_per_second:,.0f} tok/s{share}  lr {rate:.1e}  {plugins}"
+        values = "  ".join(f"{name} {value:.3g}" for name, value in state.values.items())
+        self._bar.below = (f"  {status}", f"  {values}") if values else (f"  {status}",)
+        self._bar.update(self._task, completed=state.step)
         if not self.console.is_terminal and time.monotonic() - self._printed >= PLAIN_EVERY:
             self._printed = time.monotonic()
-            more = "".join(f"  {name} {value:.3g}" for name, value in values.items())
             left = self._bar.tasks[0].time_remaining
-            eta = "" if left is None else f"  {left:.0f} s left"
-            self.line(f"step {done}/{self.total}  {status}{more}{eta}")
+            eta = "" if left is None else f"{left:.0f} s left"
+            self.line("  ".join(filter(None, (f"step {state.step}/{self.total}", status, values, eta))))
 
     def line(self, text: str) -> None:
         """Print a line."""

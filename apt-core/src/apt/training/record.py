@@ -9,16 +9,22 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import TextIO
 
-from apt.core.config import APTConfig
+from torch import Tensor
+
+from apt.core.config import APTConfig, HardwareProfile
+from apt.core.lock import make_lock
 from apt.core.registry import Resolution
 from apt.core.resolve import Resolved
+from apt.data.prepare import Prepared
+from apt.training.loggers import Loggers
 
 METRICS, RECORD, CARD, PLOT = "metrics.jsonl", "record.json", "README.md", "loss.png"
+LOCK, ENVIRONMENT, GIVEN = "lock.json", "environment.txt", "profile"
 
 
 class Metrics:
@@ -27,8 +33,9 @@ class Metrics:
     What an interrupted run wrote beyond its checkpoint is cut off on resume.
     """
 
-    def __init__(self, folder: Path | None, resumed_at: int | None) -> None:
+    def __init__(self, folder: Path | None, resumed_at: int | None, loggers: Loggers | None = None) -> None:
         self._file = None if folder is None else self._open(folder, resumed_at)
+        self._loggers = loggers
 
     def _open(self, folder: Path, resumed_at: int | None) -> TextIO:
         path = folder / METRICS
@@ -40,19 +47,29 @@ class Metrics:
         return path.open("a" if resumed_at is not None else "w", buffering=1)
 
     def write(self, event: str, **values: object) -> None:
-        """One line. A number that is not finite becomes null: JSON has no other way to say it."""
+        """One line, which each logger is told too. A number that is not finite becomes null, a tensor a list of its numbers."""
         if self._file is None:
             return
-        plain = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in values.items()
-        }
-        self._file.write(json.dumps({"event": event, **plain}) + "\n")
+        line = {"event": event, **{key: _plain(value) for key, value in values.items()}}
+        self._file.write(json.dumps(line) + "\n")
+        if self._loggers is not None:
+            self._loggers.log(line)
 
     def close(self) -> None:
         """No more events."""
         if self._file is not None:
             self._file.close()
+        if self._loggers is not None:
+            self._loggers.close()
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Tensor):
+        return _plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    # JSON has no other way to say it.
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(folder: Path) -> list[dict[str, object]]:
@@ -70,42 +87,54 @@ def write_record(
     folder: Path,
     config: APTConfig,
     resolved: Resolved,
-    corpus_digest: str,
+    corpus: Prepared | None,
     parameters: int,
     calibration: Mapping[str, object] | None = None,
     parent: Mapping[str, object] | None = None,
+    given: Sequence[Path] = (),
 ) -> None:
-    """What the run was made of: providers asked for and used, how products are computed, its parent, where it ran."""
+    """What the run was made of: the profile, providers, how products are computed, its parent, where it ran.
+
+    `corpus` is None where the model was trained elsewhere.
+    """
     wanted = {"apt-core", "torch", "numpy", "pydantic", "safetensors"} | {
         each.distribution for each in resolved.resolutions
     }
-    versions = {each.metadata["Name"]: each.version for each in distributions() if each.metadata["Name"] in wanted}
+    versions = {each.metadata["Name"]: each.version for each in distributions()}
+    hardware = HardwareProfile.detect_hardware()
     record = {
         "name": config.name,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "parent": parent,
+        "command": sys.argv,
         "parameters": parameters,
         "calibration": calibration,
-        "corpus_sha256": corpus_digest,
+        "corpus_sha256": None if corpus is None else corpus.digest,
+        "corpus": None
+        if corpus is None
+        else {
+            "documents": corpus.num_documents,
+            "bytes": corpus.num_bytes,
+            "tokens": {name: len(split.tokens) for name, split in corpus.splits.items()},
+            "cache": str(corpus.folder),
+        },
         "providers": [resolution.to_dict() for resolution in resolved.resolutions],
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "distributions": dict(sorted(versions.items())),
+        "hardware": hardware.model_dump(mode="json"),
+        "distributions": {name: versions[name] for name in sorted(wanted & set(versions))},
         "git": _git(),
     }
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-
-
-def write_card(folder: Path, config: APTConfig, resolved: Resolved, results: Mapping[str, object]) -> None:
-    """The model card."""
-    providers = "\n".join(f"| {line} |" for line in provider_lines(resolved.resolutions, " | "))
-    numbers = "\n".join(f"- {name}: {value}" for name, value in results.items())
-    (folder / CARD).write_text(
-        f"# {config.name}\n\n{config.description or 'A model trained with apt-core.'}\n\n## Results\n\n{numbers}\n\n"
-        f"## Providers\n\n| where | provider | distribution |\n| --- | --- | --- |\n{providers}\n\n"
-        f"The loss over the run is in `{PLOT}`, every event in `{METRICS}`, the environment in `{RECORD}`; each checkpoint "
-        "holds the whole profile. `apt-core generate` and `apt-core evaluate` take this folder.\n"
-    )
+    (folder / LOCK).write_text(json.dumps(make_lock(resolved).to_dict(), indent=1) + "\n")
+    pinned = sorted((f"{name}=={version}" for name, version in versions.items()), key=str.lower)
+    (folder / ENVIRONMENT).write_text("\n".join(pinned) + "\n")
+    place = folder / GIVEN
+    place.mkdir(exist_ok=True)
+    for number, path in enumerate(given):
+        # The profile itself first, then what it inherits from; two of one name lie in different folders.
+        name = path.name if path.name not in {each.name for each in given[:number]} else f"{number}-{path.name}"
+        shutil.copyfile(path, place / name)
 
 
 def provider_lines(resolutions: Iterable[Resolution], separator: str = "  ") -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,17 +19,19 @@ from torch import Tensor
 from apt.core.config import APTConfig
 from apt.core.hooks import HookRunner
 from apt.core.lock import Lock, check_lock, make_lock
-from apt.core.profile import dump_resolved
+from apt.core.profile import dump_resolved, to_profile
 from apt.core.providers import Tokenizer
 from apt.core.resolve import Resolved, resolve_config
 from apt.data.batches import windows
 from apt.errors import AptError, CheckpointError, NotFiniteError
 from apt.hookspecs import RunState
+from apt.inference.generate import generate
 from apt.modeling.compose import ModelBuilder
 from apt.modeling.model import Decoder
 from apt.modeling.parts import set_active
 from apt.training.assembly import assemble
 from apt.training.calibration import settle
+from apt.training.card import write_card, write_samples
 from apt.training.checkpoint import (
     IMPORTED,
     PROFILE,
@@ -43,15 +46,17 @@ from apt.training.checkpoint import (
 )
 from apt.training.evaluate import Score, evaluate, score, untouched
 from apt.training.guard import explain_memory
+from apt.training.loggers import Loggers
 from apt.training.loss import LossStep
 from apt.training.optim import MuonWithAdamW
 from apt.training.parallel import Parallel
+from apt.training.peak import Utilisation
 from apt.training.phases import Certificate, Phases
 from apt.training.plot import plot_run
 from apt.training.progress import Report
 from apt.training.randoms import RandomState
 from apt.training.ranks import ALONE, Ranks, join_ranks
-from apt.training.record import Metrics, write_card, write_record
+from apt.training.record import Metrics, write_record
 from apt.training.saver import Saver
 from apt.training.start import Start, check_phase, match_names
 from apt.training.step import Done, Step
@@ -80,7 +85,7 @@ class Trainer:
 
     `resume` is ``"never"`` (the folder must be new), ``"auto"`` (go on from the folder's newest checkpoint, where it has one),
     or the path of a checkpoint, whose providers must be exactly those of now where `strict_lock` is set. `branch` is a
-    checkpoint of another run to start from.
+    checkpoint of another run to start from. `given` are the files that the profile was read from, which are kept in the folder.
     """
 
     def __init__(
@@ -93,9 +98,10 @@ class Trainer:
         branch: Path | None = None,
         strict_lock: bool = False,
         console: Console | None = None,
+        given: Sequence[Path] = (),
     ) -> None:
         self.config, self.out, self.resume, self.branch = config, Path(out), resume, branch
-        self.strict_lock = strict_lock
+        self.strict_lock, self.given = strict_lock, given
         self.resolved = resolve_config(config) if resolved is None else resolved
         self.console = Console() if console is None else console
         self.hooks = HookRunner(self.resolved.plugins)
@@ -136,12 +142,13 @@ class Trainer:
                     self.out,
                     self.config,
                     self.resolved,
-                    self.corpus.digest,
+                    self.corpus,
                     parameters,
                     self.calibration.to_dict(),
                     self.parent,
+                    self.given,
                 )
-        self.metrics = Metrics(self.out if ranks.is_main else None, None if is_new else self.state.step)
+        self.metrics = self._open_metrics(None if is_new else self.state.step)
         name = f"{self.config.name} ({parameters / 1e6:.2f} M{f', {ranks.size} ranks' if ranks.size > 1 else ''})"
         try:
             with (
@@ -163,12 +170,19 @@ class Trainer:
 
     # Before the first step
 
+    def _open_metrics(self, resumed_at: int | None) -> Metrics:
+        if not self.ranks.is_main:
+            return Metrics(None, resumed_at)
+        loggers = Loggers(self.resolved.loggers, self.out, to_profile(self.config), resumed_at, self._warn)
+        return Metrics(self.out, resumed_at, loggers)
+
     def _prepare(self) -> None:
         config, ranks = self.config, self.ranks
         parts = assemble(config, self.resolved, self.hooks, ranks, self.start.checkpoint, self.console)
         self.device, self.corpus, self.tokenizer = parts.device, parts.corpus, parts.tokenizer
         self.validation, self.steps_per_epoch = parts.validation, parts.steps_per_epoch
         self.model, self.optimizer = parts.model, parts.optimizer
+        self.utilisation = Utilisation(config, self.resolved, self.device, ranks.size)
         self.state = RunState(0, 0, parts.max_steps, parts.max_epochs)
         # Where each rank has all of the model, one of them saves it.
         self.sharded = ranks.size > 1 and config.hardware.parallel == "fsdp"
@@ -353,6 +367,7 @@ class Trainer:
         sums, speed = self._watch.read()
         seen = {name: value.item() for name, value in self.ranks.sum(sums).items()}
         state = self.state
+        used = self.utilisation.of(speed, state)
         self.metrics.write(
             "train",
             step=state.step,
@@ -362,11 +377,12 @@ class Trainer:
             learning_rate=done.rate,
             gradient_norm=done.norm,
             tokens_per_second=round(speed, 1),
+            **({} if used is None else {"mfu": used}),
             values=dict(state.values),
             plugins_on=list(state.plugins_on),
             **done.metrics,
         )
-        self.report.step(state.step, seen["loss"], speed, done.rate, state.plugins_on, state.values)
+        self.report.step(state, seen["loss"], speed, used, done.rate)
 
     def _look_after(self) -> None:
         """Evaluate and save where it is time to."""
@@ -414,6 +430,21 @@ class Trainer:
                 f"step {state.step}: held-out loss {scored.loss:.4f} nats a token, {scored.bits_per_byte:.4f} bits a byte"
             )
             self.scored, self.scored_at = scored, self.state.step
+            if self.config.evaluation.samples and self.ranks.is_main:
+                self._sample()
+
+    def _sample(self) -> None:
+        """Let the model write, the same way each time."""
+        evaluation, state = self.config.evaluation, self.state
+        if self.sharded:
+            self.report.line("no sample is drawn: the model is split over the ranks")
+            return
+        prompt = evaluation.sample_prompt
+        written = generate(
+            self.model, self.tokenizer, prompt, max_new_tokens=evaluation.sample_tokens, temperature=0.8, state=state
+        )
+        self.metrics.write("sample", step=state.step, epoch=state.epoch, text=prompt + written.text)
+        write_samples(self.out)
 
     def _save(self) -> None:
         with self._watch.paused():
@@ -462,7 +493,7 @@ class Trainer:
             }
             if self.parent is not None:
                 results["branched from"] = f"{self.parent['run']}, {self.parent['checkpoint']}"
-            write_card(self.out, self.config, self.resolved, results)
+            write_card(self.out, self.config, self.resolved, self.corpus, results)
         model = self._whole_model() if self.sharded and self.ranks.is_main else self.model.eval()
         return RunResult(self.out, self.state, self.resolved, self.scored, model, self.tokenizer, picture, interrupted)
 

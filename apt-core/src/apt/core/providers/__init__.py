@@ -6,6 +6,7 @@ from apt.core.providers.attention import AttentionProvider
 from apt.core.providers.data import DataProvider, Document
 from apt.core.providers.ffn import FFNProvider
 from apt.core.providers.heads import HeadsProvider, RopeScaling
+from apt.core.providers.logger import Logger, LoggerProvider
 from apt.core.providers.plugin import Plugin
 from apt.core.providers.retrieval import RetrievalProvider
 from apt.core.providers.router import RouterProvider
@@ -21,6 +22,7 @@ INTERFACES: dict[str, type[Provider]] = {
         RetrievalProvider,
         DataProvider,
         TokenizerProvider,
+        LoggerProvider,
         Plugin,
     )
 }
@@ -34,6 +36,8 @@ __all__ = [
     "Document",
     "FFNProvider",
     "HeadsProvider",
+    "Logger",
+    "LoggerProvider",
     "Plugin",
     "Provider",
     "RetrievalProvider",

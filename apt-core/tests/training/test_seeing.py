@@ -1,0 +1,170 @@
+"""What a run shows and keeps: loggers of others, samples, the share of the peak, a folder that describes itself."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from rich.console import Console
+
+from apt.core.discovery import discover
+from apt.core.lock import make_lock
+from apt.core.profile import load_profile
+from apt.core.providers import LoggerProvider
+from apt.core.registry import Registry
+from apt.errors import ProfileError
+from apt.hookspecs import RunState
+from apt.training.peak import peak_flops, peak_of
+from apt.training.progress import Report
+from apt.training.record import Metrics, read_metrics
+from apt.training.trainer import RunResult, Trainer
+
+TOLD: list[dict[str, object]] = []
+
+
+class Ours(LoggerProvider):
+    """A logger of somebody else's."""
+
+    api_level: ClassVar[int] = 1
+    fail_at: int = 10**9
+
+    def open(self, folder: Path, profile: Mapping[str, object], resumed_at: int | None) -> Ours:  # type: ignore[override]
+        TOLD[:] = [{"profile": profile, "resumed_at": resumed_at}]
+        return self
+
+    def log(self, event: Mapping[str, object]) -> None:
+        if event["event"] == "train" and int(str(event["step"])) >= self.fail_at:
+            raise ConnectionError("the server is away")
+        TOLD.append(dict(event))
+
+    def close(self) -> None:
+        TOLD.append({"closed": True})
+
+
+def train(profile: Path, out: Path, *sets: str, resume: str = "never") -> tuple[RunResult, str]:
+    registry = Registry(discover)
+    registry.register("logger", "ours", Ours)
+    loaded = load_profile(profile, sets=sets, registry=registry)
+    output = io.StringIO()
+    trainer = Trainer(
+        loaded.config,
+        out,
+        resolved=loaded.resolved,
+        console=Console(file=output, width=1000),
+        given=loaded.files,
+        resume=resume,
+    )
+    return trainer.fit(), output.getvalue()
+
+
+def test_a_third_partys_logger_is_told_what_the_metrics_hold(profile_file: Path, tmp_path: Path) -> None:
+    result, _ = train(profile_file, tmp_path / "run", "monitoring.loggers=[ours]")
+    assert TOLD[0]["resumed_at"] is None
+    assert TOLD[0]["profile"]["name"] == "small"  # type: ignore[index]
+    assert TOLD[-1] == {"closed": True}
+    assert TOLD[1:-1] == read_metrics(result.folder)
+    assert "logger" not in json.dumps(make_lock(result.resolved).to_dict())
+    train(profile_file, tmp_path / "run", "monitoring.loggers=[ours]", "training.max_epochs=3", resume="auto")
+    assert TOLD[0]["resumed_at"] == 8
+    assert [event["step"] for event in TOLD[1:-1] if event["event"] == "train"] == [9, 10, 11, 12]
+
+
+def test_a_logger_that_fails_is_named_and_left_out_and_the_run_goes_on(profile_file: Path, tmp_path: Path) -> None:
+    result, output = train(profile_file, tmp_path / "run", "monitoring.loggers=[{provider: ours, fail_at: 3}]")
+    assert result.state.step == 8
+    assert "failed and is left out from now on: ConnectionError: the server is away; metrics.jsonl goes on" in output
+    assert "logger 'ours' (" in output
+    assert [event["step"] for event in TOLD if event.get("event") == "train"] == [1, 2]
+    assert len([event for event in read_metrics(result.folder) if event["event"] == "train"]) == 8
+
+
+def test_a_logger_that_is_not_there_is_a_fault_of_the_profile(profile_file: Path) -> None:
+    with pytest.raises(ProfileError, match=r"monitoring.loggers.0: no logger provider 'wndb' .*did you mean 'wandb'"):
+        load_profile(profile_file, sets=["monitoring.loggers=[wndb]"])
+    registry = Registry(discover)
+    registry.register("logger", "ours", Ours)
+    with pytest.raises(ProfileError, match=r"monitoring.loggers.0.fail_a: no such option; did you mean 'fail_at'"):
+        load_profile(profile_file, sets=["monitoring.loggers=[{provider: ours, fail_a: 3}]"], registry=registry)
+
+
+def test_samples_are_drawn_at_each_evaluation_and_change_nothing(profile_file: Path, tmp_path: Path) -> None:
+    plain, _ = train(profile_file, tmp_path / "plain")
+    result, _ = train(profile_file, tmp_path / "run", "evaluation.samples=true")
+    samples = [event for event in read_metrics(result.folder) if event["event"] == "sample"]
+    assert [event["step"] for event in samples] == [4, 8]
+    assert all(str(event["text"]).startswith("def ") for event in samples)
+    page = (result.folder / "samples.md").read_text()
+    assert page.index("## Step 4") < page.index("## Step 8")
+    assert str(samples[1]["text"]) in page
+    ours, theirs = (dict(each.model.state_dict()) for each in (plain, result))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_folder_describes_itself(profile_file: Path, tmp_path: Path) -> None:
+    result, _ = train(profile_file, tmp_path / "run")
+    folder = result.folder
+    assert (folder / "profile" / "small.yaml").read_text() == profile_file.read_text()
+    assert json.loads((folder / "lock.json").read_text()) == make_lock(result.resolved).to_dict()
+    assert any(line.startswith("torch==") for line in (folder / "environment.txt").read_text().splitlines())
+    record = json.loads((folder / "record.json").read_text())
+    assert record["corpus"]["documents"] == 1
+    assert set(record["corpus"]["tokens"]) == {"train", "validation", "test"}
+    assert record["hardware"]["cpu_count"] >= 1
+    card = (folder / "README.md").read_text()
+    for part in ("## Results", "## Use", "## Training data", "## Providers", "## Limitations", "## Files"):
+        assert f"\n{part}\n" in card
+    assert record["corpus_sha256"] in card
+    assert f"apt-core generate {folder} --prompt" in card
+
+
+def test_the_share_of_the_peak_is_said_where_it_is_known(profile_file: Path, tmp_path: Path) -> None:
+    result, _ = train(profile_file, tmp_path / "run", "hardware.peak_flops=1e9")
+    shares = [event["mfu"] for event in read_metrics(result.folder) if event["event"] == "train"]
+    speeds = [event["tokens_per_second"] for event in read_metrics(result.folder) if event["event"] == "train"]
+    # Two blocks of 3,072 operations in attention and 2,048 behind it, and the head; thrice, for the backward pass.
+    assert shares[3] == pytest.approx(speeds[3] * 3 * (2 * (3072 + 2048) + 2 * 259 * 16) / 1e9, rel=0.05)  # type: ignore[operator]
+    plain, _ = train(profile_file, tmp_path / "plain")
+    assert "mfu" not in read_metrics(plain.folder)[0]
+
+
+def test_known_gpus_have_a_peak_and_others_have_none() -> None:
+    assert peak_of("NVIDIA A100-SXM4-80GB", "bf16") == 312e12
+    assert peak_of("NVIDIA H100 PCIe", "bf16") == 756e12
+    assert peak_of("NVIDIA H100 80GB HBM3", "fp32") == 67e12
+    assert peak_of("NVIDIA L4", "bf16") == 121e12
+    assert peak_of("NVIDIA L40S", "bf16") == 362e12
+    assert peak_of("Tesla K80", "fp32") is None
+    assert peak_flops(torch.device("cpu"), "fp32", None) is None
+    assert peak_flops(torch.device("cpu"), "fp32", 5e11) == 5e11
+
+
+def test_a_terminal_shows_the_numbers_under_the_bar() -> None:
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=True, width=100)
+    with Report(console, "small (0.01 M)", 0, 10) as report:
+        report.step(RunState(3, 0, 10, 1, ("moe", "align"), {"route_temp": 1.25}), 2.5, 1234.0, 0.414, 3e-3)
+        report._bar.refresh()
+    seen = output.getvalue()
+    for words in (
+        "loss 2.500",
+        "1,234 tok/s",
+        "MFU 41.4%",
+        "lr 3.0e-03",
+        "moe+align",
+        "route_temp 1.25",
+        "3/10",
+        "eta",
+    ):
+        assert words in seen
+
+
+def test_vectors_are_lists_and_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, None)
+    metrics.write("evaluation", step=1, load=torch.tensor([0.25, float("nan")]), loss=float("inf"))
+    metrics.close()
+    assert read_metrics(tmp_path) == [{"event": "evaluation", "step": 1, "load": [0.25, None], "loss": None}]
