@@ -23,6 +23,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -45,6 +46,7 @@ class Contestant:
     python: str
     case: dict[str, object]
     process: subprocess.Popen[str] | None = None
+    said: IO[str] = field(default_factory=lambda: tempfile.TemporaryFile("w+"))  # noqa: SIM115
     steps: int = 1
     parameters: int = 0
     speeds: list[float] = field(default_factory=list)
@@ -57,7 +59,7 @@ class Contestant:
             [self.python, str(WORKER), json.dumps(self.case)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE if not os.environ.get("VERBOSE") else None,
+            stderr=self.said,
             text=True,
             env=environment,
         )
@@ -92,8 +94,8 @@ class Contestant:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            said = "" if self.process.stderr is None else self.process.stderr.read()[-2000:]
-            raise SystemExit(f"{self.name} has died: {said}")
+            self.said.seek(0)
+            raise SystemExit(f"{self.name} has died: {self.said.read()[-2000:]}")
         heard: dict[str, float] = json.loads(line)
         return heard
 
@@ -109,7 +111,10 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
-    print(f"PyTorch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {arguments.threads} threads")
+    print(
+        f"PyTorch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {arguments.threads} threads",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as place:
         text = "".join(map(chr, np.random.default_rng(0).integers(97, 123, 500_000)))
         (Path(place) / "text.txt").write_text(text)
