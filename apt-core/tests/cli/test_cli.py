@@ -216,6 +216,29 @@ def test_a_fault_of_ours_exits_with_1_and_says_so(
     assert "this is a fault of apt-core or of a provider" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("missing", "code", "message"),
+    [
+        ("torch", 2, "error: this command needs PyTorch, which is not installed: pip install torch\n"),
+        ("rarely", 1, "error: rarely is not installed, which apt-core or a provider needs\n"),
+    ],
+)
+def test_a_module_that_is_not_installed_is_named(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    profile_file: Path,
+    missing: str,
+    code: int,
+    message: str,
+) -> None:
+    def absent(*_: object) -> None:
+        raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
+    monkeypatch.setattr("apt.core.estimate.estimate", absent)
+    assert main(["check", str(profile_file)]) == code
+    assert capsys.readouterr().err.endswith(message)
+
+
 def test_a_pipe_that_closes_is_no_error(profile_file: Path) -> None:
     command = f"{sys.executable} -m apt profile show {profile_file} | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)

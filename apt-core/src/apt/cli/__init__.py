@@ -79,6 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         users = error.errno in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}", 2 if users else 1)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            traceback.print_exc()
+            return _fail(f"{error.name} is not installed, which apt-core or a provider needs", 1)
+        return _fail("this command needs PyTorch, which is not installed: pip install torch", 2)
     except Exception:  # noqa: BLE001  whatever it is, it is told in full, and the exit code says whose fault it is
         traceback.print_exc()
         return _fail("this is a fault of apt-core or of a provider, not of your input; please report it", 1)

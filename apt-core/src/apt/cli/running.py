@@ -280,6 +280,12 @@ def _generate(arguments: argparse.Namespace) -> int:
     for result in results:
         if result.sources:
             print(f"passages from: {', '.join(result.sources)}", file=sys.stderr)
+        elif arguments.rag is not None:
+            print(
+                f"warning: no passage of {arguments.rag} was used: none bears on the prompt, or none fits in the "
+                f"{run.model.max_seq_len // 2} characters that are half of the model's context",
+                file=sys.stderr,
+            )
         if result.left_out:
             room = run.model.max_seq_len
             print(f"the first {result.left_out} tokens did not fit in the model's context of {room}", file=sys.stderr)
