@@ -65,6 +65,7 @@ def test_an_int8_layer_gives_each_token_a_scale_of_its_own() -> None:
     assert error.max() < 0.03
     assert torch.equal(layer(torch.zeros(2, 64)), linear.bias.expand(2, -1))
     assert "in_features=64, out_features=48, int8" in repr(layer)
+    assert (layer.weight - linear.weight).abs().max() <= linear.weight.abs().max() / 254
 
 
 def test_int8_is_for_float32(model: Decoder) -> None:
@@ -112,4 +113,4 @@ def test_the_command_line_says_what_fewer_bits_cost(
     captured = capsys.readouterr()
     assert captured.out.startswith("[1] ab")
     assert "\n[2] x" in captured.out
-    assert "of the weights are in int8" in captured.err
+    assert "of the weights that a token meets are in int8" in captured.err

@@ -252,7 +252,7 @@ def prepare_run(run: LoadedRun, arguments: argparse.Namespace) -> None:
 
     share = prepare(run.model, dtype=arguments.dtype, quantize=arguments.quantize)
     if arguments.quantize is not None:
-        print(f"{share:.0%} of the weights are in {arguments.quantize}", file=sys.stderr)
+        print(f"{share:.0%} of the weights that a token meets are in {arguments.quantize}", file=sys.stderr)
 
 
 def _generate(arguments: argparse.Namespace) -> int:

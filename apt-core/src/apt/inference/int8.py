@@ -44,6 +44,13 @@ class Int8Linear(nn.Module):
             y = torch.ops.quantized.linear_dynamic(x / size, self._packed, REDUCED) * size
         return y if self.bias is None else y + self.bias
 
+    @property
+    def weight(self) -> Float[Tensor, "out width"]:
+        """The weights as they are now, in float32: for layers that use them otherwise than by calling this one."""
+        rounded, _ = torch.ops.quantized.linear_unpack(self._packed)
+        weight: Tensor = rounded.dequantize()
+        return weight
+
     def extra_repr(self) -> str:
         """Its sizes, as `nn.Linear` says them."""
         return f"in_features={self.in_features}, out_features={self.out_features}, int8"

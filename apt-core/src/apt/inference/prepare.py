@@ -22,7 +22,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def prepare(model: Decoder, *, dtype: Precision = "fp32", quantize: Literal["int8"] | None = None) -> float:
-    """Change a model in place, for inference alone; returns the share of its weights that are in int8 now.
+    """Change a model in place, for inference alone; returns how much of the weights that a token meets is in int8 now.
 
     bf16 keeps every scheduled value in float32. int8 quantises each linear layer, the head too (see `Int8Linear`). Raises
     `UserError` for a combination that does not exist.
@@ -70,13 +70,16 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
                 setattr(module, name, buffer.to(dtype))
 
 
-def _quantize(model: nn.Module) -> float:
-    tensors = {id(each): each.numel() for each in model.parameters()}
-    total, done = sum(tensors.values()), 0
+def _quantize(model: Decoder) -> float:
+    # The embedding's rows are looked up; a head that is tied to it becomes a copy of its own, in eight bits.
+    multiplied = {id(each): each.numel() for each in model.parameters() if each is not model.embedding.weight}
+    total, done = sum(multiplied.values()), 0
+    if model.head.weight is model.embedding.weight:
+        total += model.head.weight.numel()
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if type(child) is nn.Linear:
+            # Experts may be one layer with weights [experts, out, in]: they stay as they are.
+            if type(child) is nn.Linear and child.weight.dim() == 2:
                 done += child.weight.numel()
                 setattr(module, name, Int8Linear(child))
-    # A head that is tied to the embedding is a copy of its own now, beside the embedding's rows, which are only looked up.
-    return done / max(total, done)
+    return done / total
