@@ -30,14 +30,16 @@ if TYPE_CHECKING:
 
 Backend = Literal["naive", "loop", "bmm", "grouped_mm"]
 SMALL = 1 << 13
-"""Numbers in an expert's largest matrix below which a loop in Python costs more than its products (CPU, measured)."""
+"""Numbers in an expert's largest matrix below which a loop in Python is taken to cost more than its products.
+
+Reckoned from what a call costs (4 us against 1 in the kernel's own loop), not measured."""
 
 
 def choose_backend(device: torch.device, largest: int) -> Backend:
-    """The fastest way to run experts whose largest matrix has `largest` numbers, as `benchmarks/moe.py` measures it.
+    """How to run experts whose largest matrix has `largest` numbers (docs/moe.md has what was measured).
 
-    On the CPU the loop wins at every number of tokens and experts, except where matrices are so small that Python is
-    what takes the time. On GPUs `grouped_mm` needs no numbers from the device, which the loop and `bmm` do.
+    On the CPU the loop, except where matrices are so small that Python is what takes the time. On GPUs, unmeasured,
+    `grouped_mm`, which needs no numbers from the device; the loop and `bmm` do.
     """
     if device.type == "cpu" and largest >= SMALL:
         return "loop"
