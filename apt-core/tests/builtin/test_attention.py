@@ -38,6 +38,7 @@ def test_sizes_that_do_not_fit_are_refused_with_their_place(
         ("{rope_scaling: {type: yarn, factor: 2}}", r"rope_scaling: type yarn needs original_max_seq_len"),
         ("{rope_scaling: {type: ntk, factr: 2}}", r"rope_scaling\.factr: no such option; did you mean 'factor'"),
         ("{window: 0}", "attention.window: 0 is not allowed"),
+        ("{num_kv_heads: 3}", r": model\.attention\.num_kv_heads: 3 does not divide the model's 2 heads"),
     ],
 )
 def test_options_that_make_no_sense_are_faults_of_the_profile(profile_file: Path, option: str, message: str) -> None:

@@ -101,3 +101,24 @@ def test_an_encoder_decoder_is_refused_before_it_is_half_built(builder: ModelBui
 def test_a_provider_that_is_not_there_is_an_error_when_it_is_asked_for() -> None:
     with pytest.raises(ProfileError, match="no attention provider 'flash_v9' is installed"):
         ModelBuilder(APTConfig(attention_name="flash_v9")).build_model()
+
+
+def test_a_batch_padded_on_the_left_goes_on_token_by_token_as_each_text_alone(builder: ModelBuilder) -> None:
+    torch.manual_seed(0)
+    config = builder.config.model_copy(update={"options": {"attention": {"window": 6, "num_kv_heads": 1}}})
+    model = ModelBuilder(config).build_model().eval()
+    prompts = [tokens()[0, :9].tolist(), tokens()[1, :4].tolist(), [7]]
+
+    def go_on(texts: list[list[int]]) -> list[list[int]]:
+        length = max(map(len, texts))
+        read = torch.tensor([[0] * (length - len(text)) + text for text in texts])
+        mask = torch.tensor([[False] * (length - len(text)) + [True] * len(text) for text in texts])
+        cache, written = model.create_cache(len(texts)), []
+        for _ in range(7):
+            read = model(read, mask=mask, cache=cache).logits[:, -1:].argmax(-1)
+            written.append(read)
+            mask = torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
+        return torch.cat(written, 1).tolist()
+
+    with torch.no_grad():
+        assert go_on(prompts) == [go_on([prompt])[0] for prompt in prompts]

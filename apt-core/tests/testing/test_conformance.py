@@ -14,6 +14,8 @@ test_normed_narrow_heads_with_biases = conformance(
     "attention.sdpa", {"qk_norm": True, "head_width": 6, "bias": "all", "sinks": True}
 )
 test_biases_as_in_qwen = conformance("attention.sdpa", {"bias": "qkv", "qk_norm": True, "head_width": 16})
+test_flex = conformance("attention.flex", {"compiled": False})
+test_flex_with_a_window = conformance("attention.flex", {"compiled": False, "window": 5, "num_kv_heads": 2})
 test_stretched_positions = conformance(
     "attention.sdpa", {"rope_scaling": {"type": "yarn", "factor": 4, "original_max_seq_len": 8}}
 )

@@ -15,9 +15,22 @@ from apt.testing import check_provider
 
 
 class Cache:
-    def __init__(self) -> None:
+    def __init__(self, fault: str) -> None:
         self.k, self.v = torch.empty(0), torch.empty(0)
         self.length = 0
+        self.fault = fault
+
+    def crop(self, length):
+        if self.fault != "crops the count alone":
+            self.k, self.v = self.k[:, :, :length], self.v[:, :, :length]
+        self.length = length
+
+    def reorder(self, samples):
+        self.k = self.k[samples]
+        if self.fault != "reorders keys alone":
+            self.v = self.v[samples]
+        elif len(samples) != len(self.v):
+            self.v = self.v[torch.arange(len(samples)) % len(self.v)]
 
 
 class Explicit(nn.Module):
@@ -70,7 +83,7 @@ class Explicit(nn.Module):
         return seen
 
     def create_cache(self, batch, max_seq_len, dtype, device):
-        return Cache()
+        return Cache(self.fault)
 
 
 class Faulty(AttentionProvider):
@@ -115,6 +128,8 @@ def test_without_a_fault_only_the_memory_estimate_fails_which_is_made_up() -> No
         ("top-left causality when decoding", "decoding"),
         ("cache off by one", "decoding"),
         ("positions restart at each portion", "decoding"),
+        ("crops the count alone", "rewinding"),
+        ("reorders keys alone", "rewinding"),
         ("softmax over queries", "causality"),
         ("mean over the batch", "samples_are_independent"),
         ("mean over time", "causality"),

@@ -37,7 +37,13 @@ class LayerCache(Protocol):
     """The keys and values of one attention layer while decoding; what is in it is the layer's own affair."""
 
     length: int
-    """Tokens that the cache holds."""
+    """Tokens that were read."""
+
+    def crop(self, length: int) -> None:
+        """Forget the tokens from `length` on. Raises `ValueError` where what the next token needs is no longer there."""
+
+    def reorder(self, samples: Tensor) -> None:
+        """Keep these samples [batch] of the batch, in this order; one may come twice or not at all."""
 
 
 class AttentionLayer(Protocol):

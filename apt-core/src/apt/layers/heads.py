@@ -101,7 +101,7 @@ class Heads(nn.Module):
             turn = self._get_turn(q, positions, None if cache is None else cache.length)
             q, k = apply_turn(q, turn), apply_turn(k, turn)
         if isinstance(cache, KVCache):
-            k, v = cache.append(k, v)
+            k, v, mask = cache.append(k, v, mask)
         return self.attend(q, k, v, causal=causal, mask=mask, window=self.shape.window)
 
     def _get_turn(self, q: Tensor, positions: Tensor | None, read: int | None) -> Turn:
@@ -139,8 +139,9 @@ class Heads(nn.Module):
         )
 
     def create_cache(self, batch: int, max_seq_len: int, dtype: torch.dtype, device: torch.device) -> KVCache:
-        """An empty cache of 2 H_kv width numbers a token."""
-        return KVCache(batch, self.shape.num_kv_heads, max_seq_len, self.shape.width, dtype, device)
+        """An empty cache of 2 H_kv width numbers a token, of no more tokens than the window."""
+        shape = self.shape
+        return KVCache(batch, shape.num_kv_heads, max_seq_len, shape.width, dtype, device, shape.window)
 
 
 def _in_heads(x: Tensor, width: int) -> Tensor:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import apt.testing.modules  # noqa: F401  its checks are attention's too
 from apt.core.providers import AttentionProvider
+from apt.layers import LayerCache
 from apt.testing.kit import NotApplicable, Subject, check, demand
 from apt.testing.measure import demand_close
 from apt.testing.modules import D_MODEL, HEADS, SEQ, Bench, output, states
@@ -28,7 +29,7 @@ def causality(subject: Subject) -> None:
             demand_close(seen, right[:, :t], f"tokens from {t} on were changed, and earlier outputs moved", 1e-5)
 
 
-@check("attention")
+@check("attention", gradient=True)
 def sees_itself_and_the_past(subject: Subject) -> None:
     """Each output depends on its own token and on each earlier one, within the window, and on none beyond it."""
     provider = subject.provider
@@ -67,9 +68,10 @@ def mask_polarity(subject: Subject) -> None:
     mask = torch.zeros(1, SEQ, dtype=torch.bool)
     first = max(0, SEQ - (provider.get_window() or SEQ))
     mask[:, [first, SEQ - 1]] = True
-    x.requires_grad_()
-    (gradient,) = torch.autograd.grad(output(layer(x, mask=mask))[0, -1].sum(), x)
-    demand(gradient[0, first].any(), f"token {first} is True in the mask, and does not matter; True is keep")
+    changed = x.clone()
+    changed[:, first] = -x[:, first]
+    moved = output(layer(changed, mask=mask))[0, -1] - output(layer(x, mask=mask))[0, -1]
+    demand(moved.any(), f"token {first} is True in the mask, and does not matter; True is keep")
 
 
 @check("attention")
@@ -96,8 +98,8 @@ def decoding(subject: Subject) -> None:
     provider = _decoder(subject)
     layer, x = Bench(subject).layer(), states(2, SEQ)
     whole = output(layer(x))
-    for portions in ([1] * SEQ, [5, 1, 3, 1, 1, 2], [SEQ - 1, 1]):
-        cache = layer.create_cache(2, SEQ, torch.float32, CPU)  # type: ignore[operator]
+    for portions in ([1] * SEQ, [3] * 4 + [1], [7, 6], [5, 1, 3, 1, 1, 2], [SEQ - 1, 1]):
+        cache = _poisoned_cache(layer, SEQ)
         parts: list[Tensor] = []
         done = 0
         for portion in torch.split(x, portions, 1):
@@ -117,12 +119,29 @@ def decoding_with_padding(subject: Subject) -> None:
     mask[1, :5] = False
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     whole = output(layer(x, mask=mask, positions=positions))
-    cache = layer.create_cache(2, SEQ, torch.float32, CPU)  # type: ignore[operator]
+    cache = _poisoned_cache(layer, SEQ)
     parts = [
         output(layer(x[:, a:b], mask=mask[:, :b], positions=positions[:, a:b], cache=cache))
         for a, b in ((0, 8), (8, 9), (9, 12), (12, SEQ))
     ]
     demand_close(torch.cat(parts, 1)[mask], whole[mask], "decoding of a padded batch")
+
+
+@check("attention")
+def rewinding(subject: Subject) -> None:
+    """A cache that forgot its last token, or changed the order of its samples, goes on as if it had always been so."""
+    _decoder(subject)
+    layer, x = Bench(subject).layer(), states(2, SEQ)
+    whole = output(layer(x))
+    cache = _poisoned_cache(layer, SEQ)
+    layer(x[:, :4], cache=cache)
+    layer(1e3 * x[:, 4:5], cache=cache)
+    cache.crop(4)
+    demand(cache.length == 4, f"the cache was cropped to 4 tokens and says {cache.length}")
+    demand_close(output(layer(x[:, 4:9], cache=cache)), whole[:, 4:9], "what follows a token that was taken back")
+    cache.reorder(torch.tensor([1, 0, 1]))
+    seen = output(layer(x[[1, 0, 1], 9:], cache=cache))
+    demand_close(seen, whole[[1, 0, 1], 9:], "decoding after the samples were put in another order")
 
 
 @check("attention")
@@ -133,8 +152,9 @@ def cache_size(subject: Subject) -> None:
     tensors = [each for each in vars(cache).values() if isinstance(each, Tensor) and each.is_floating_point()]
     if not any(each.numel() for each in tensors):
         raise NotApplicable("the cache allocates as it goes, or keeps its tensors elsewhere")
-    said, kept = provider.get_cache_size(D_MODEL, HEADS), sum(each.numel() for each in tensors) // 20
-    demand(said == kept, f"the provider says {said} numbers a token, the cache has {kept}")
+    tokens = min(10, provider.get_window() or 10)
+    said, kept = provider.get_cache_size(D_MODEL, HEADS), sum(each.numel() for each in tensors) / (2 * tokens)
+    demand(said == kept, f"the provider says {said} numbers a token, the cache has {kept:g} for each of {tokens}")
 
 
 @check("attention")
@@ -144,6 +164,15 @@ def output_width(subject: Subject) -> None:
     assert isinstance(provider, AttentionProvider)
     said, seen = provider.get_output_dim(D_MODEL), output(Bench(subject).layer()(states(1, 2))).shape[-1]
     demand(said == seen, f"the provider says {said}, the layer gives {seen}")
+
+
+def _poisoned_cache(layer: nn.Module, tokens: int) -> LayerCache:
+    """An empty cache for two samples whose room is filled with NaN: what reads an unused slot shows."""
+    cache: LayerCache = layer.create_cache(2, tokens, torch.float32, CPU)  # type: ignore[operator]
+    for each in vars(cache).values():
+        if isinstance(each, Tensor) and each.is_floating_point():
+            each.fill_(torch.nan)
+    return cache
 
 
 def _needs_masks(subject: Subject) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from apt.core.config import Choice
 from apt.core.provider import Provider
+from apt.core.providers import AttentionProvider
 from apt.core.registry import Registry
 from apt.core.registry import registry as installed
 from apt.errors import AptError
@@ -63,18 +64,20 @@ class Check:
     law: str
     run: Callable[[Any], None]
     kinds: tuple[str, ...]
+    gradient: bool = False
+    """Whether it needs a backward pass, or PyTorch's counts of one; the others are run without where there is none on the CPU."""
 
 
 CHECKS: list[Check] = []
 """All checks of the modules that were loaded, in the order in which they stand there."""
 
 
-def check(*kinds: str) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
+def check(*kinds: str, gradient: bool = False) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
     """Write a function down as a check of these kinds (none: of all); its docstring is the law."""
 
     def write_down(function: Callable[[Any], None]) -> Callable[[Any], None]:
         law = (function.__doc__ or "").strip().partition("\n")[0]
-        CHECKS.append(Check(function.__name__, law, function, kinds))
+        CHECKS.append(Check(function.__name__, law, function, kinds, gradient))
         return function
 
     return write_down
@@ -125,7 +128,7 @@ def run_check(each: Check, subject: Subject) -> Result:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            each.run(subject)
+            _run(each, subject)
     except NotApplicable as reason:
         return Result(each, "not applicable", str(reason))
     except NotConformingError as error:
@@ -133,6 +136,19 @@ def run_check(each: Check, subject: Subject) -> Result:
     except Exception as error:  # noqa: BLE001  a provider can raise anything, and the report tells it
         return Result(each, "failed", f"{type(error).__name__}: {error}")
     return Result(each, "passed")
+
+
+def _run(each: Check, subject: Subject) -> None:
+    provider = subject.provider
+    if not isinstance(provider, AttentionProvider) or provider.supports_training("cpu"):
+        each.run(subject)
+    elif each.gradient:
+        raise NotApplicable("supports_training('cpu') is False")
+    else:
+        import torch
+
+        with torch.no_grad():
+            each.run(subject)
 
 
 def get_subject(kind: str, name: str, options: Mapping[str, object] | None, registry: Registry | None) -> Subject:

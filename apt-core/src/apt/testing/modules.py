@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from apt.core.providers import AttentionProvider, FFNProvider
 from apt.layers import Part, as_part
 from apt.modeling.parts import find_parts
-from apt.testing.kit import Subject, check, demand
+from apt.testing.kit import NotApplicable, Subject, check, demand
 from apt.testing.measure import count_flops, demand_close, demand_gradients, demand_near, saved_bytes, scalar
 
 D_MODEL, HEADS, D_FF, SEQ = 48, 4, 80, 13
@@ -25,9 +25,11 @@ class Bench:
     subject: Subject
 
     def layer(self, seed: int = 0, dropout: float = 0.0) -> nn.Module:
-        """The layer, in evaluation mode."""
-        size = HEADS if isinstance(self.subject.provider, AttentionProvider) else D_FF
-        return self.subject.build(D_MODEL, size, dropout, seed=seed).eval()
+        """The layer, in evaluation mode; without dropout where it has none."""
+        provider = self.subject.provider
+        if not isinstance(provider, AttentionProvider):
+            return self.subject.build(D_MODEL, D_FF, dropout, seed=seed).eval()
+        return self.subject.build(D_MODEL, HEADS, dropout * provider.supports_dropout(), seed=seed).eval()
 
     def parameter_count(self) -> int:
         """What the provider says of its parameters."""
@@ -90,7 +92,7 @@ def remembers_its_maker(subject: Subject) -> None:
                 demand(saved, f"scheduled value {value}: its buffer {buffer!r} is not persistent")
 
 
-@check("attention", "ffn")
+@check("attention", "ffn", gradient=True)
 def gradients(subject: Subject) -> None:
     """After two steps every parameter has got a finite gradient that is not zero."""
     layer = Bench(subject).layer().train()
@@ -126,6 +128,8 @@ def seeded(subject: Subject) -> None:
 @check("attention", "ffn")
 def dropout_is_used(subject: Subject) -> None:
     """Dropout acts in training, where it was asked for."""
+    if isinstance(subject.provider, AttentionProvider) and not subject.provider.supports_dropout():
+        raise NotApplicable("supports_dropout() is False")
     layer = Bench(subject).layer(dropout=0.5).train()
     draws = []
     for seed in (0, 0, 1):
@@ -185,7 +189,7 @@ def parameter_count(subject: Subject) -> None:
     demand(bench.parameter_count() == counted, f"the provider says {bench.parameter_count()}, the layer has {counted}")
 
 
-@check("attention", "ffn")
+@check("attention", "ffn", gradient=True)
 def flops_estimate(subject: Subject) -> None:
     """get_flops_estimate is within 10 % of what PyTorch counts."""
     bench = Bench(subject)
@@ -195,7 +199,7 @@ def flops_estimate(subject: Subject) -> None:
         demand_near(bench.flops(seq), counted, f"operations at {seq} tokens")
 
 
-@check("attention", "ffn")
+@check("attention", "ffn", gradient=True)
 def memory_estimate(subject: Subject) -> None:
     """get_memory_estimate is within 10 % of the bytes that a forward pass keeps."""
     bench = Bench(subject)
@@ -206,7 +210,7 @@ def memory_estimate(subject: Subject) -> None:
         demand_near(bench.memory(seq, batch), kept, f"bytes at {batch} x {seq} tokens")
 
 
-@check("attention", "ffn")
+@check("attention", "ffn", gradient=True)
 def recomputation(subject: Subject) -> None:
     """Under activation checkpointing gradients and buffers are the same."""
     from torch.utils.checkpoint import checkpoint

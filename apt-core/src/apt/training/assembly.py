@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from apt.core.config import APTConfig
 from apt.core.hooks import HookRunner
-from apt.core.providers import Tokenizer
+from apt.core.providers import AttentionProvider, Tokenizer
 from apt.core.resolve import Resolved
 from apt.core.schedules import run_length
 from apt.data.batches import Batches
@@ -67,6 +67,12 @@ def assemble(
     if config.hardware.threads is not None:
         torch.set_num_threads(config.hardware.threads)
     device = _device(config)
+    attention = resolved.providers["attention"]
+    if isinstance(attention, AttentionProvider) and not attention.supports_training(device.type):
+        raise UserError(
+            f"model.attention: {attention.get_name()!r} has no backward pass on the {device.type}; "
+            "train on another device (hardware.device), or with another attention"
+        )
     corpus = prepare(config, resolved, console, checkpoint)
     train, validation = corpus.splits["train"], corpus.splits["validation"]
     require(train, "train", config.max_seq_len)

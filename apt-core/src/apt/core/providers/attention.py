@@ -57,3 +57,11 @@ class AttentionProvider(Provider):
     def supports_kv_cache(self) -> bool:
         """Whether the layer can decode from a cache."""
         return True
+
+    def supports_training(self, device: str) -> bool:
+        """Whether the layer has a backward pass on this type of device, such as ``"cpu"`` or ``"cuda"``."""
+        return True
+
+    def supports_dropout(self) -> bool:
+        """Whether the layer can drop attention weights in training."""
+        return True

@@ -115,8 +115,8 @@ class HeadsProvider(AttentionProvider):
         return d_model // num_heads
 
     def refuse(self, option: str, what: str, hint: str = "") -> OptionsError:
-        """The error for sizes that do not fit; `num_heads` and `d_model` are the model's, all else is the provider's."""
-        where = "model" if option in ("num_heads", "d_model") else f"model.{self.kind}"
+        """The error for sizes that do not fit: of the model, or of the provider's options."""
+        where = "model" if option in ("num_heads", "d_model", "attention_dropout") else f"model.{self.kind}"
         return OptionsError(self.kind, self.get_name(), [Fault(f"{where}.{option}", what, hint)])
 
     def check_groups(self, num_heads: int) -> None:
