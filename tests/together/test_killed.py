@@ -25,6 +25,7 @@ from apt.training import checkpoint
 from apt.training.checkpoint import list_checkpoints, load_run, verify
 from apt.training.trainer import Trainer
 
+pytestmark = pytest.mark.timeout(900)  # a busy machine is no fault of the code
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
     ["apt.training.trainer", "apt_moe.upcycling", "apt_moe.plugin", "apt_align.aligner", "apt_align.plugin", __name__]
@@ -78,7 +79,7 @@ def run(function: Callable[..., None], *arguments: object, kill_after: float | N
     if kill_after is not None:
         time.sleep(kill_after)
         process.kill()
-    process.join(60)
+    process.join(300)
     assert process.exitcode is not None
     return process.exitcode
 

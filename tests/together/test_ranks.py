@@ -20,6 +20,7 @@ from apt.errors import CheckpointError
 from apt.training.checkpoint import list_checkpoints, load_run, verify
 from apt.training.record import read_metrics
 
+pytestmark = pytest.mark.timeout(900)  # a busy machine is no fault of the code
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -44,7 +45,7 @@ def command(ranks: int, profile: Path, out: Path, *words: str) -> list[str]:
 
 def train(ranks: int, profile: Path, out: Path, *words: str) -> str:
     done = subprocess.run(
-        command(ranks, profile, out, *words), capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=120
+        command(ranks, profile, out, *words), capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=400
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -141,7 +142,7 @@ def test_parts_of_every_kind_train_when_split(profile: Path, tmp_path: Path) -> 
 def start(profile: Path, out: Path, *words: str) -> subprocess.Popen[str]:
     long = command(2, profile, out, *words, "--set", "training.steps_per_epoch=3000", "--set", "training.save_every=20")
     process = subprocess.Popen(long, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not list_checkpoints(out):
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()[0]
@@ -156,7 +157,7 @@ def test_a_rank_that_dies_ends_the_run_with_its_name(profile: Path, tmp_path: Pa
     victim = next(each for each in workers if each.environ()["RANK"] == "1")
     victim.send_signal(signal.SIGKILL)
     killed = time.monotonic()
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=300)[0]
     assert time.monotonic() - killed < 30
     assert process.returncode != 0
     assert "rank      : 1" in output
@@ -167,7 +168,7 @@ def test_a_rank_that_dies_ends_the_run_with_its_name(profile: Path, tmp_path: Pa
 def test_all_ranks_stop_at_the_same_step_and_save(profile: Path, tmp_path: Path, parallel: list[str]) -> None:
     process = start(profile, tmp_path / "run", *parallel)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     run = load_run(tmp_path / "run")
     assert 20 < run.state.step < 12_000
 
@@ -243,7 +244,7 @@ def run_script(ranks: int, profile: Path, out: Path, *words: str) -> subprocess.
         text=True,
         env=ENVIRONMENT,
         check=False,
-        timeout=120,
+        timeout=400,
     )
 
 
