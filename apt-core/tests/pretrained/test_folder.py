@@ -82,7 +82,7 @@ def test_an_imported_run_writes_is_scored_and_is_trained_on(
     exported: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    sets = [f"--set=data.path={corpus}", "--set=data.source=files", "--set=training.batch_size=2"]
+    sets = ["--set=data.source=files", f"--set=data.path={corpus}", "--set=training.batch_size=2"]
     more = ["--set=training.max_steps=2", "--set=evaluation.sample_tokens=0", "--set=monitoring.plot=false"]
     assert main(["import", "hf", str(exported), "--out", str(out), *sets, *more]) == 0
     assert main(["generate", str(out), "--prompt", "The ", "--max-new-tokens", "4"]) == 0
