@@ -12,7 +12,7 @@ from pathlib import Path
 import nox
 
 nox.options.default_venv_backend = "venv"
-nox.options.sessions = ["lint", "imports", "types", "tests", "template", "docs"]
+nox.options.sessions = ["lint", "imports", "types", "tests", "authors", "docs"]
 
 DISTRIBUTIONS = ("apt-core", "apt-attention-tva", "apt-moe", "apt-align", "apt-rag")
 SOURCES = [f"{name}/src" for name in DISTRIBUTIONS]
@@ -56,10 +56,12 @@ def tests(session: nox.Session, packages: str) -> None:
 
 
 @nox.session
-def template(session: nox.Session) -> None:
-    """The package to copy, as its README says."""
+def authors(session: nox.Session) -> None:
+    """The packages of others: the one to copy, as its README says, with apt-core alone; the example beside all of ours."""
     install(session, ("apt-core",), *TEST_TOOLS, "./template")
     session.run("pytest", "-q", CALM, "template/tests", env=ENVIRONMENT)
+    install(session, DISTRIBUTIONS, *TEST_TOOLS, "./examples/apt-voter")
+    session.run("pytest", "-q", CALM, "examples/apt-voter/tests", env=ENVIRONMENT)
 
 
 @nox.session

@@ -1,4 +1,4 @@
-"""The predecessor's profiles, translated here and nowhere else into the form that the rest of APT reads.
+"""The predecessor's profiles, translated here and in `legacy_run` into the form that the rest of APT reads.
 
 Old: ``attention_name: tva_default`` and ``tva: {r: 4}``. New: ``attention: {provider: tva_default, r: 4}``. Every value keeps
 its place in the file, so that a fault in an old profile is reported where it stands.
@@ -7,6 +7,7 @@ its place in the file, so that a fault in an old profile is reported where it st
 from __future__ import annotations
 
 from apt.core.config import OF_AUTOPOIETIC, PREDECESSOR
+from apt.core.legacy_run import translate_sections
 from apt.core.yaml import Key, Origin, Source, Value
 from apt.errors import Fault
 
@@ -21,7 +22,9 @@ def translate(source: Source) -> tuple[Source, list[str], list[Fault]]:
     """The source in today's form, one note for each old key, and the contradictions that were found on the way."""
     translation = _Translation(source)
     translation.run()
-    return Source(translation.values, translation.origins), translation.notes, translation.faults
+    translated = Source(translation.values, translation.origins)
+    notes, faults = translate_sections(translated)
+    return translated, translation.notes + notes, translation.faults + faults
 
 
 def settle(values: dict[str, Value], plugins: object) -> list[Fault]:
@@ -67,6 +70,7 @@ class _Translation:
         for section, kind in SECTIONS.items():
             self._section(section, kind)
         self._router_name()
+        self._voting()
         self._fields()
         self.values["model"] = self.model
 
@@ -124,6 +128,19 @@ class _Translation:
         if router:
             router.setdefault("provider", "topk_default")
             choice["router"] = router
+
+    def _voting(self) -> None:
+        """The options of the voter stood in the model."""
+        if "voting" not in self.model:
+            return
+        options, listed = self.model.pop("voting"), self.values.get("plugins")
+        if not self._is_mapping("voting", options):
+            return
+        if not isinstance(listed, list) or "voter" not in listed:
+            self._contradiction("model.voting", "the profile does not list the plugin 'voter'", "add it to plugins")
+            return
+        self.values["plugins"] = [{"voter": options} if entry == "voter" else entry for entry in listed]
+        self.notes.append("model.voting is now the options of the plugin: plugins: [{voter: ...}]")
 
     def _fields(self) -> None:
         """Plain fields of the predecessor: options of autopoietic attention, or of no use today."""
