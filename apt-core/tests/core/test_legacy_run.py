@@ -11,7 +11,7 @@ from apt.core.yaml import Source, read_text
 
 
 def translated(text: str) -> tuple[Source, list[str], list[str]]:
-    source, notes, faults = translate(read_text(text, "f.yaml"), [])
+    source, notes, faults = translate(read_text(text, "f.yaml"))
     return source, notes, [str(fault) for fault in faults]
 
 
