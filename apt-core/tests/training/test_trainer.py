@@ -272,7 +272,7 @@ def test_a_run_that_never_is_finite_is_given_up(profile_file: Path, tmp_path: Pa
     with pytest.raises(AptError, match="this is the 11th time in a row"):
         train(profile_file, tmp_path / "run", *sets)
     with pytest.raises(AptError, match="there is no checkpoint to go back to"):
-        train(profile_file, tmp_path / "other", *sets, "schedules=null")
+        train(profile_file, tmp_path / "other", *sets, "schedules.enable_watch_at_epoch=null")
 
 
 def test_a_loss_that_spikes_is_reported(profile_file: Path, tmp_path: Path) -> None:
