@@ -8,7 +8,7 @@ The hooks of epochs, steps, batches, losses, gradients and evaluations reach a p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -41,11 +41,25 @@ class RunState:
 
 @dataclass
 class Batch:
-    """One micro-batch: `tokens` and `targets` [batch, seq] of ids, and `mask` [batch, seq], True where a target counts."""
+    """One micro-batch: `tokens` and `targets` [batch, seq] of ids, and `mask` [batch, seq], True where a target counts.
+
+    An encoder-decoder has the `source` [batch, source] too, padded on the right.
+    """
 
     tokens: Tensor
     targets: Tensor
     mask: Tensor | None = None
+    source: Tensor | None = None
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What the model is called with."""
+        return (self.tokens,) if self.source is None else (self.tokens, self.source)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """Another batch, of changed tensors."""
+        mask, source = (None if each is None else change(each) for each in (self.mask, self.source))
+        return Batch(change(self.tokens), change(self.targets), mask, source)
 
 
 @dataclass

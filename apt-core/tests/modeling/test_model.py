@@ -92,12 +92,6 @@ def test_components_are_built_one_by_one_and_zero_counts_as_given(builder: Model
         builder.build_attention(num_kv_hads=2)
 
 
-def test_an_encoder_decoder_is_refused_before_it_is_half_built(builder: ModelBuilder) -> None:
-    config = builder.config.model_copy(update={"architecture": "encoder_decoder"})
-    with pytest.raises(UserError, match="'encoder_decoder' cannot be built yet; use 'decoder'"):
-        ModelBuilder(config).build_model()
-
-
 def test_a_provider_that_is_not_there_is_an_error_when_it_is_asked_for() -> None:
     with pytest.raises(ProfileError, match="no attention provider 'flash_v9' is installed"):
         ModelBuilder(APTConfig(attention_name="flash_v9")).build_model()

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from apt.core.providers import DataProvider, Document
+from apt.core.providers import DataProvider, Document, Pair
 from apt.errors import DataError
 
 LEFT_OUT = frozenset(
@@ -87,6 +87,44 @@ class JsonLines(DataProvider):
                     yield Document(f"{name}:{number:010}", text)
         if empty:
             raise DataError(f"data.path: there is no text in what {self.path!r} matches")
+
+    def fingerprint(self) -> str | None:
+        """Names, sizes and times of the files."""
+        from apt.data.files import find_files, fingerprint
+
+        return fingerprint(find_files(self.path, self.pattern))
+
+
+class Pairs(DataProvider):
+    """Pairs for an encoder-decoder: JSON Lines, an object a line with a source and the target that is to be written of it."""
+
+    api_level: ClassVar[int] = 1
+
+    path: str | list[str] = Field(description=PATH)
+    pattern: str = Field(default="*.jsonl", description="which files of a folder, at any depth")
+    source_field: str = Field(default="source", description="the field that holds the source")
+    target_field: str = Field(default="target", description="the field that holds the target")
+
+    def read(self) -> Iterator[Document]:
+        """A pair a line, named by file and line. Raises `DataError` for a line that has not both."""
+        from apt.data.files import find_files, read_objects, take_field
+
+        empty = True
+        for name, path in find_files(self.path, self.pattern):
+            for number, value in read_objects(path):
+                where = f"{path}: line {number}"
+                texts = [take_field(value, field, where) for field in (self.source_field, self.target_field)]
+                for field, text in zip((self.source_field, self.target_field), texts, strict=True):
+                    if not text:
+                        raise DataError(f"{where}: its field {field!r} is empty; leave the line out, or fill it")
+                empty = False
+                yield Pair(f"{name}:{number:010}", texts[1], texts[0])
+        if empty:
+            raise DataError(f"data.path: there are no pairs in what {self.path!r} matches")
+
+    def gives_pairs(self) -> bool:
+        """It gives nothing else."""
+        return True
 
     def fingerprint(self) -> str | None:
         """Names, sizes and times of the files."""

@@ -137,6 +137,7 @@ def _steps_per_epoch(profile: Profile) -> int:
     """As the profile says; where it leaves that to the text, the text is read."""
     from rich.console import Console
 
+    from apt.data.batches import make_batches
     from apt.data.corpus import steps_per_epoch
     from apt.data.prepare import prepare
 
@@ -145,7 +146,8 @@ def _steps_per_epoch(profile: Profile) -> int:
         return config.training.steps_per_epoch
     assert resolved is not None
     print("reading the text, which says how many steps an epoch has ...", file=sys.stderr, flush=True)
-    return steps_per_epoch(config, len(prepare(config, resolved, Console(stderr=True)).splits["train"].tokens))
+    train = prepare(config, resolved, Console(stderr=True)).splits["train"]
+    return steps_per_epoch(config, make_batches(train, config).batches_per_pass)
 
 
 def _complete(profile: Profile) -> dict[str, object]:

@@ -113,6 +113,11 @@ class APTConfig(BaseModel):
         """The number of decoder blocks."""
         return self.num_decoder_layers if self.num_layers is None else self.num_layers
 
+    @property
+    def num_encoder_blocks(self) -> int:
+        """The number of encoder blocks, 0 in a decoder."""
+        return self.num_encoder_layers if self.architecture == "encoder_decoder" else 0
+
     def choice(self, kind: str) -> Choice:
         """The provider of this kind that the profile asks for."""
         name: str = getattr(self, f"{kind}_name")

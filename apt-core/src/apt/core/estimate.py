@@ -67,11 +67,16 @@ def estimate(config: APTConfig, resolved: Resolved) -> Estimate:
     align = resolved.providers.get("align")
     assert isinstance(attention, AttentionProvider)
     assert isinstance(ffn, FFNProvider)
-    width, length, blocks = config.d_model, config.max_seq_len, config.num_blocks
+    width, length = config.d_model, config.max_seq_len
+    # Decoder blocks that look at an encoder attend twice and have a norm more. Operations are those of one token of the target
+    # and one of the source together.
+    across = config.num_blocks if config.num_encoder_blocks else 0
+    blocks = config.num_encoder_blocks + config.num_blocks
+    attentions, norms = blocks + across, 2 * blocks + across + 1 + bool(across)
     ffns = [ffn.at_layer(index, blocks) for index in range(blocks)]
     norm = width * (2 if config.norm == "layernorm" else 1)
     vocabulary = config.vocab_size * width
-    attention_size = blocks * attention.get_parameter_count(width, config.num_heads)
+    attention_size = attentions * attention.get_parameter_count(width, config.num_heads)
     parts = [
         PartCost("embedding", "", 1, vocabulary, width, 0.0),
         *(
@@ -82,10 +87,10 @@ def estimate(config: APTConfig, resolved: Resolved) -> Estimate:
         PartCost(
             "attention",
             attention.get_name(),
-            blocks,
+            attentions,
             attention_size,
             attention_size,
-            blocks * attention.get_flops_estimate(length, width, config.num_heads) / length,
+            attentions * attention.get_flops_estimate(length, width, config.num_heads) / length,
         ),
         PartCost(
             "ffn",
@@ -95,7 +100,7 @@ def estimate(config: APTConfig, resolved: Resolved) -> Estimate:
             sum(each.get_active_parameter_count(width, config.d_ff) for each in ffns),
             sum(each.get_flops_estimate(length, width, config.d_ff) for each in ffns) / length,
         ),
-        PartCost("norms", config.norm, 2 * blocks + 1, (2 * blocks + 1) * norm, (2 * blocks + 1) * norm, 0.0),
+        PartCost("norms", config.norm, norms, norms * norm, norms * norm, 0.0),
         PartCost(
             "head",
             "tied to the embedding" if config.tie_embeddings else "",
@@ -117,7 +122,7 @@ def estimate(config: APTConfig, resolved: Resolved) -> Estimate:
         gradients=BYTES * parameters,
         optimizer=2 * BYTES * parameters,
         activations=kept_passes * _activations(config, attention, ffns),
-        cache_per_token=BYTES * blocks * attention.get_cache_size(width, config.num_heads),
+        cache_per_token=BYTES * config.num_blocks * attention.get_cache_size(width, config.num_heads),
         step_cost=passes,
     )
 
@@ -132,4 +137,6 @@ def _activations(config: APTConfig, attention: AttentionProvider, ffns: list[FFN
     mapped = sum(each.get_memory_estimate(length, width, config.d_ff, batch) for each in ffns)
     # log_softmax keeps one copy of the logits; its backward makes another.
     head = norm + BYTES * tokens * width + 2 * BYTES * tokens * config.vocab_size
-    return config.num_blocks * block + mapped + head + dropped
+    across = attention.get_memory_estimate(length, width, config.num_heads, batch) + norm + dropped
+    encoder = config.num_encoder_blocks * block + norm + dropped if config.num_encoder_blocks else 0
+    return encoder + config.num_blocks * (block + (across if encoder else 0)) + mapped + head + dropped

@@ -16,7 +16,7 @@ from apt.core.exclusions import find_conflicts
 from apt.core.hooks import HookRunner
 from apt.core.options import below, join, relative
 from apt.core.provider import Provider
-from apt.core.providers import AttentionProvider, FFNProvider, LoggerProvider, Plugin, TokenizerProvider
+from apt.core.providers import AttentionProvider, DataProvider, FFNProvider, LoggerProvider, Plugin, TokenizerProvider
 from apt.core.registry import Registry, Resolution
 from apt.core.schedules import SWITCH, Schedule
 from apt.errors import (
@@ -118,6 +118,7 @@ class _Resolver:
             self._check_sizes(providers)
         self._check_exclusions()
         self._check_schedules(scheduled)
+        self._check_architecture(providers.get("data"))
         self._check_vocabulary(providers.get("tokenizer"))
         if whole and not self.faults:
             self._ask(plugins)
@@ -235,6 +236,36 @@ class _Resolver:
                 known = f"it has: {', '.join(sorted(scheduled))}" if scheduled else "it has none"
                 hint = " ".join(filter(None, (nearest(key, scheduled), known)))
                 self.faults.append(Fault(where, "this model has no such value", hint))
+
+    def _check_architecture(self, data: Provider | None) -> None:
+        """An encoder-decoder is trained on pairs, and only it; what calls the model with one text cannot be used with it."""
+        config = self.config
+        paired = config.architecture == "encoder_decoder"
+        if isinstance(data, DataProvider) and data.gives_pairs() != paired:
+            what = "gives pairs, and a decoder reads one text" if not paired else "gives no pairs of source and target"
+            hint = (
+                "use architecture: encoder_decoder"
+                if not paired
+                else "an encoder-decoder needs them; use source: pairs"
+            )
+            self.faults.append(Fault("data.source", f"{data.get_name()!r} {what}", hint))
+        if not paired:
+            return
+        if config.num_layers is not None:
+            hint = "use num_encoder_layers and num_decoder_layers"
+            self.faults.append(Fault("model.num_layers", "is for decoders, and this is an encoder-decoder", hint))
+        for name, least in (
+            ("num_encoder_layers", config.num_encoder_layers),
+            ("num_decoder_layers", config.num_blocks),
+        ):
+            if least < 1:
+                self.faults.append(Fault(f"model.{name}", f"{least} is not allowed", "1 or more in an encoder-decoder"))
+        if config.hardware.matmul == "auto":
+            self.faults.append(
+                Fault("hardware.matmul", "auto measures a decoder, and this is an encoder-decoder", "strict")
+            )
+        if "align" in config.plugins:
+            self.faults.append(Fault("plugins", "'align' aligns states of one text, not of pairs", "leave it out"))
 
     def _check_vocabulary(self, tokenizer: Provider | None) -> None:
         if isinstance(tokenizer, TokenizerProvider) and (size := tokenizer.get_vocab_size()) > self.config.vocab_size:

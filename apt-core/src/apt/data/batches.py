@@ -10,7 +10,9 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from apt.core.config import APTConfig
 from apt.data.order import Order
+from apt.data.pairs import PairBatches, PairSplit, pairs
 from apt.data.tokens import TokenSplit
 from apt.hookspecs import Batch
 
@@ -54,16 +56,30 @@ class Batches:
         return self._starts
 
 
+def make_batches(split: TokenSplit, config: APTConfig) -> Batches | PairBatches:
+    """The training batches of a profile."""
+    batch_size, seed = config.training.batch_size, config.training.seed
+    if isinstance(split, PairSplit):
+        return PairBatches(split, batch_size, seed)
+    return Batches(split, config.max_seq_len, batch_size, seed)
+
+
 def num_windows(split: TokenSplit, seq_len: int) -> int:
-    """Windows that cover the split; the last may be shorter than `seq_len`."""
+    """Windows that cover the split, the last of which may be shorter than `seq_len`; or its pairs."""
+    if isinstance(split, PairSplit):
+        return split.num_pairs
     return len(range(0, len(split.tokens) - 1, seq_len))
 
 
 def windows(split: TokenSplit, seq_len: int, batch_size: int, max_batches: int | None = None) -> Iterator[Batch]:
     """Non-overlapping windows that cover the split in order; the last may be shorter and is masked.
 
-    With `max_batches`, so many batches of windows that are spread evenly over the split, always the same ones.
+    With `max_batches`, so many batches of windows that are spread evenly over the split, always the same ones. A split of
+    pairs gives its pairs in the same way.
     """
+    if isinstance(split, PairSplit):
+        yield from pairs(split, batch_size, max_batches)
+        return
     whole = num_windows(split, seq_len)
     count = whole if max_batches is None else min(whole, max_batches * batch_size)
     for at in range(0, count, batch_size):

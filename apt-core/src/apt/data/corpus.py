@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from apt.core.config import APTConfig
-from apt.core.providers import Document
+from apt.core.providers import Document, Pair
+from apt.data.pairs import PairSplit
 from apt.data.pieces import in_pieces
 from apt.data.tokens import TokenSplit
 from apt.errors import DataError
@@ -68,7 +69,11 @@ class Corpus:
         number = 0
         for number, document in enumerate(self.source.read(), 1):
             chunks = digest.follow(document)
-            if self.lengths:
+            if isinstance(document, Pair):
+                # Two texts of one split, however few pairs there are.
+                for text in chunks:
+                    yield split_of(document.name), iter((text,))
+            elif self.lengths:
                 # A document too many is told below.
                 yield from _cut(chunks, self.lengths[min(number, len(self.lengths)) - 1])
             else:
@@ -137,7 +142,10 @@ def split_of(name: str) -> Split:
 
 
 def require(split: TokenSplit, name: Split, seq_len: int) -> None:
-    """Raise `DataError` where a split has not one window of `seq_len` tokens and their targets."""
+    """Raise `DataError` where a split has not one window of `seq_len` tokens and their targets, or no pair that fits."""
+    if isinstance(split, PairSplit):
+        split.require(name, seq_len)
+        return
     if len(split.tokens) < seq_len + 1:
         raise DataError(
             f"data: the {name} split has {len(split.tokens)} tokens in {split.num_documents} documents, fewer than "
@@ -145,10 +153,9 @@ def require(split: TokenSplit, name: Split, seq_len: int) -> None:
         )
 
 
-def steps_per_epoch(config: APTConfig, num_tokens: int) -> int:
-    """Optimizer steps an epoch: as the profile says, else as many as see every window of the training split once."""
+def steps_per_epoch(config: APTConfig, batches_per_pass: int) -> int:
+    """Optimizer steps an epoch: as the profile says, else as many as see everything of the training split once."""
     training = config.training
     if training.steps_per_epoch is not None:
         return training.steps_per_epoch
-    batches = (num_tokens - 1) // config.max_seq_len // training.batch_size
-    return max(1, batches // training.accumulate)
+    return max(1, batches_per_pass // training.accumulate)

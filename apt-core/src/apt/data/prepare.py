@@ -25,6 +25,7 @@ from apt.core.resolution import record_of
 from apt.core.resolve import Resolved
 from apt.data.cache import Cache, Entry, file_digest
 from apt.data.corpus import SPLITS, Corpus, Split
+from apt.data.pairs import PairSplit
 from apt.data.telling import Telling
 from apt.data.tokens import TokenSplit, TokenWriter
 from apt.errors import UserError
@@ -69,7 +70,10 @@ def prepare(config: APTConfig, resolved: Resolved, console: Console, checkpoint:
 
         telling.start("checking the tokens")
         entry = cache.get("tokens", key, write)
-    return Prepared(corpus.digest, corpus.num_documents, corpus.num_bytes, tokenizer, _open(entry), entry.folder)
+    splits = _open(entry)
+    if source.gives_pairs():
+        splits = {name: PairSplit(split, config) for name, split in splits.items()}
+    return Prepared(corpus.digest, corpus.num_documents, corpus.num_bytes, tokenizer, splits, entry.folder)
 
 
 def _find_corpus(source: DataProvider, cache: Cache, telling: Telling) -> Corpus:

@@ -18,6 +18,8 @@ from apt.inference.context import Context
 from apt.inference.prepare import folded
 from apt.inference.sampling import Sampling
 from apt.inference.stream import TextStream
+from apt.inference.target import TargetContext
+from apt.modeling.encoder_decoder import EncoderDecoder
 from apt.modeling.model import Decoder
 
 NOWHERE = RunState(0, 0, 0, 0)
@@ -60,7 +62,7 @@ def generate(
     state: RunState = NOWHERE,
     show: Callable[[str], None] | None = None,
 ) -> Generation:
-    """Go on from `prompt` until a document ends or `max_new_tokens` were drawn.
+    """Go on from `prompt` until a document ends or `max_new_tokens` were drawn; of an encoder-decoder it is the source.
 
     The same seed gives the same text and touches no other random state. `show` is called with each new piece of text.
     Raises `UserError` for sampling values out of range.
@@ -110,12 +112,16 @@ def _generate(
     for event in events:
         hooks.hook.apt_prompt_prepare(prompt=event)
     device = model.embedding.weight.device
-    start = [] if special.start is None else [special.start]
+    start = [] if special.start is None or isinstance(model, EncoderDecoder) else [special.start]
     rows = [Row([*start, *tokenizer.encode(event.text)], torch.Generator(device).manual_seed(seed)) for event in events]
     stream = TextStream(tokenizer)
     with inference(model):
-        longest = max(len(row.read) for row in rows)
-        context = Context(model, [row.read for row in rows], longest + max_new_tokens, special.pad)
+        texts = [row.read for row in rows]
+        context: Context | TargetContext
+        if isinstance(model, EncoderDecoder):
+            context, max_new_tokens = TargetContext(model, texts), min(max_new_tokens, model.max_seq_len)
+        else:
+            context = Context(model, texts, max(map(len, texts)) + max_new_tokens, special.pad)
         for tokens in draw(context, rows, sampling, special.stop, max_new_tokens, hooks, state):
             if show is not None and tokens[0] is not None and (piece := stream.add(tokens[0])):
                 show(piece)
@@ -131,7 +137,7 @@ def _generate(
 
 
 def draw(
-    context: Context,
+    context: Context | TargetContext,
     rows: Sequence[Row],
     sampling: Sampling,
     stop: frozenset[int],

@@ -1,7 +1,10 @@
-"""One transformer block, pre-norm: x + drop(attn(norm(x))), then x + drop(ffn(norm(x)))."""
+"""One transformer block, pre-norm: x + drop(attn(norm(x))), across too where it has a memory, then x + drop(ffn(norm(x)))."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -9,15 +12,30 @@ from apt.layers import LayerCache, Part, as_part
 
 
 class TransformerBlock(nn.Module):
-    """Attention and a feed-forward network, each behind its norm (Xiong et al. 2020, arXiv:2002.04745, figure 1b)."""
+    """Attention and a feed-forward network, each behind its norm (Xiong et al. 2020, arXiv:2002.04745, figure 1b).
+
+    With `cross`, an attention layer, and its norm it is the block of an encoder-decoder's decoder: between the two it looks at a
+    memory (Vaswani et al. 2017, arXiv:1706.03762, section 3.2.3). A block that is not `causal` is an encoder's.
+    """
 
     def __init__(
-        self, attention: nn.Module, ffn: nn.Module, attention_norm: nn.Module, ffn_norm: nn.Module, dropout: float
+        self,
+        attention: nn.Module,
+        ffn: nn.Module,
+        attention_norm: nn.Module,
+        ffn_norm: nn.Module,
+        dropout: float,
+        *,
+        causal: bool = True,
+        cross: nn.Module | None = None,
+        cross_norm: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.attention_norm, self.attention = attention_norm, attention
+        self.cross_norm, self.cross = cross_norm, cross
         self.ffn_norm, self.ffn = ffn_norm, ffn
         self.dropout = nn.Dropout(dropout)
+        self.causal = causal
 
     def forward(
         self,
@@ -27,13 +45,21 @@ class TransformerBlock(nn.Module):
         positions: Int[Tensor, "#batch seq"] | None = None,
         cache: LayerCache | None = None,
         tokens: Int[Tensor, "batch seq"] | None = None,
+        memory: Float[Tensor, "batch source d_model"] | None = None,
+        memory_mask: Bool[Tensor, "batch source"] | None = None,
     ) -> Part:
         """`mask` is True for tokens that are there; with a `cache` it covers the earlier ones too.
 
-        `tokens` are the ids, for a feed-forward layer that asks for them.
+        `tokens` are the ids, for a feed-forward layer that asks for them; `memory` is what a decoder of two halves looks at.
         """
-        attended = as_part(self.attention(self.attention_norm(x), mask=mask, positions=positions, cache=cache))
+        attended = as_part(
+            self.attention(self.attention_norm(x), causal=self.causal, mask=mask, positions=positions, cache=cache)
+        )
         x = x + self.dropout(attended.output)
+        if self.cross is not None and self.cross_norm is not None:
+            crossed = as_part(self.cross(self.cross_norm(x), causal=False, mask=memory_mask, memory=memory))
+            x = x + self.dropout(crossed.output)
+            attended = _together(attended, crossed)
         here = None if mask is None else mask[:, -x.shape[1] :]
         asked = {"tokens": tokens} if getattr(self.ffn, "takes_tokens", False) else {}
         mapped = as_part(self.ffn(self.ffn_norm(x), mask=here, **asked))
@@ -44,3 +70,20 @@ class TransformerBlock(nn.Module):
                 f"attention and ffn both return a loss called {sorted(set(attended.losses) & set(mapped.losses))}"
             )
         return Part(x + self.dropout(mapped.output), losses, metrics)
+
+
+def _together(one: Part, other: Part) -> Part:
+    """The losses of both summed and their metrics averaged, as if they were two layers."""
+    losses = {
+        name: _sum([each.losses[name] for each in (one, other) if name in each.losses])
+        for name in {**one.losses, **other.losses}
+    }
+    metrics = {
+        name: torch.stack([each.metrics[name] for each in (one, other) if name in each.metrics]).mean(0)
+        for name in {**one.metrics, **other.metrics}
+    }
+    return Part(one.output, losses, metrics)
+
+
+def _sum(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(values)).sum(0)

@@ -16,6 +16,7 @@ from apt.core.registry import registry as installed
 from apt.core.resolve import Resolved, resolve_config
 from apt.errors import UserError
 from apt.modeling.block import TransformerBlock
+from apt.modeling.encoder_decoder import EncoderDecoder
 from apt.modeling.model import Decoder
 
 P = TypeVar("P", bound=Provider)
@@ -82,7 +83,7 @@ class ModelBuilder:
         """
         provider = self._provider("ffn", FFNProvider, name, options)
         if index is not None:
-            provider = provider.at_layer(index, self.config.num_blocks)
+            provider = provider.at_layer(index, self.config.num_encoder_blocks + self.config.num_blocks)
         layer = provider.create_layer(
             _given(d_model, self.config.d_model),
             _given(d_ff, self.config.d_ff),
@@ -138,20 +139,43 @@ class ModelBuilder:
         count = _given(top_k, getattr(provider, "top_k", 5))
         return provider.create_retriever(_given(d_model, self.config.d_model), count)
 
-    def build_block(self, index: int | None = None) -> TransformerBlock:
-        """One block of the profile, number `index` where blocks differ."""
-        ffn = self.build_ffn(index=index)
-        return TransformerBlock(self.build_attention(), ffn, self._norm(), self._norm(), self.config.dropout)
+    def build_block(self, index: int | None = None, *, causal: bool = True, cross: bool = False) -> TransformerBlock:
+        """One block of the profile, number `index` where blocks differ; not `causal` an encoder's, with `cross` one that looks
+        at a memory too."""
+        attention, ffn = self.build_attention(), self.build_ffn(index=index)
+        return TransformerBlock(
+            attention,
+            ffn,
+            self._norm(),
+            self._norm(),
+            self.config.dropout,
+            causal=causal,
+            cross=self.build_attention() if cross else None,
+            cross_norm=self._norm() if cross else None,
+        )
 
     def build_model(self) -> Decoder:
         """The profile's model, with everything that it will ever switch on.
 
-        Under ``torch.device("meta")`` nothing is allocated. Raises `UserError` for an architecture that is not built yet.
+        Under ``torch.device("meta")`` nothing is allocated.
         """
         config = self.config
-        if config.architecture != "decoder":
-            raise UserError(f"model.architecture: {config.architecture!r} cannot be built yet; use 'decoder'")
         attention = self._provider("attention", AttentionProvider, None, {})
+        if config.architecture == "encoder_decoder":
+            encoders = config.num_encoder_blocks
+            return EncoderDecoder(
+                _table(config.vocab_size, config.d_model),
+                [self.build_block(index, causal=False) for index in range(encoders)],
+                [self.build_block(encoders + index, cross=True) for index in range(config.num_blocks)],
+                self._norm(),
+                self._norm(),
+                dropout=config.dropout,
+                max_seq_len=config.max_seq_len,
+                tie_embeddings=config.tie_embeddings,
+                pad=config.pad_token_id,
+                bos=config.bos_token_id,
+                position_table=_table(config.max_seq_len, config.d_model) if attention.needs_position_table() else None,
+            )
         return Decoder(
             _table(config.vocab_size, config.d_model),
             [self.build_block(index) for index in range(config.num_blocks)],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +15,29 @@ from torch.utils.checkpoint import checkpoint
 from apt.core.providers import AttentionProvider
 from apt.errors import UserError
 from apt.layers import LayerCache, Output
+
+
+@dataclass
+class Tally:
+    """The losses of a model's blocks, summed, and their metrics."""
+
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, list[Tensor]] = field(default_factory=dict)
+    blocks: int = 0
+
+    def add(self, losses: Mapping[str, Tensor], metrics: Mapping[str, Tensor]) -> None:
+        """Those of one more block."""
+        for name, loss in losses.items():
+            self.losses[name] = self.losses[name] + loss if name in self.losses else loss
+        for name, metric in metrics.items():
+            self.metrics.setdefault(name, []).append(metric)
+            if metric.dim():
+                self.metrics[f"{name}.{self.blocks}"] = [metric]
+        self.blocks += 1
+
+    def means(self) -> dict[str, Tensor]:
+        """The metrics, averaged over the blocks that have them."""
+        return {name: torch.stack(values).mean(0) for name, values in self.metrics.items()}
 
 
 class Decoder(nn.Module):
@@ -66,29 +91,42 @@ class Decoder(nn.Module):
         `mask` is True for tokens that are there; with a `cache` it covers earlier ones too. Positions that are not given count
         the tokens that are there, so padding on the left moves nothing.
         """
+        tally = Tally()
+        x = self._pass(self.blocks, tokens, tally, mask=mask, positions=positions, cache=cache)
+        hidden = self.norm(x if last is None else x[:, -last:])
+        return Output(self.head(hidden), hidden, tally.losses, tally.means())
+
+    def _pass(
+        self,
+        blocks: Iterable[nn.Module],
+        tokens: Int[Tensor, "batch seq"],
+        tally: Tally,
+        *,
+        mask: Bool[Tensor, "batch kv"] | None,
+        positions: Int[Tensor, "#batch seq"] | None = None,
+        cache: Sequence[LayerCache] | None = None,
+        **memory: Tensor,
+    ) -> Float[Tensor, "batch seq d_model"]:
+        """Tokens through blocks; `memory` is what cross-attention needs, as `TransformerBlock` names it."""
         start = 0 if cache is None else cache[0].length
         if positions is None and (cache is None or mask is not None or self.position_table is not None):
             # Else they follow what the cache holds, and its layers have a table of them.
             positions = _count_positions(mask, start, tokens)
         x = self._embed(tokens, positions)
-        losses: dict[str, Tensor] = {}
-        metrics: dict[str, list[Tensor]] = {}
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(blocks):
             here = None if cache is None else cache[index]
             if self.recompute and self.training and here is None:
-                part = checkpoint(block, x, mask=mask, positions=positions, tokens=tokens, use_reentrant=False)
+                read = functools.partial(block, mask=mask, positions=positions, tokens=tokens, **memory)
+                part = checkpoint(read, x, use_reentrant=False)
             else:
-                part = block(x, mask=mask, positions=positions, cache=here, tokens=tokens)
-            x, more, seen = part
-            for name, loss in more.items():
-                losses[name] = losses[name] + loss if name in losses else loss
-            for name, metric in seen.items():
-                metrics.setdefault(name, []).append(metric)
-                if metric.dim():
-                    metrics[f"{name}.{index}"] = [metric]
-        hidden = self.norm(x if last is None else x[:, -last:])
-        means = {name: torch.stack(values).mean(0) for name, values in metrics.items()}
-        return Output(self.head(hidden), hidden, losses, means)
+                part = block(x, mask=mask, positions=positions, cache=here, tokens=tokens, **memory)
+            x, losses, metrics = part
+            tally.add(losses, metrics)
+        return x
+
+    def all_blocks(self) -> Iterable[nn.Module]:
+        """Every block; each may be compiled by itself."""
+        return self.blocks
 
     def create_cache(self, batch: int, max_seq_len: int | None = None) -> list[LayerCache]:
         """An empty cache for each block. Raises `UserError` where an attention layer cannot decode from one."""

@@ -18,8 +18,9 @@ from apt.core.hooks import HookRunner
 from apt.core.providers import AttentionProvider, Tokenizer
 from apt.core.resolve import Resolved
 from apt.core.schedules import run_length
-from apt.data.batches import Batches
+from apt.data.batches import Batches, make_batches
 from apt.data.corpus import require, steps_per_epoch
+from apt.data.pairs import PairBatches
 from apt.data.prepare import Prepared, prepare
 from apt.data.tokens import TokenSplit
 from apt.errors import UserError
@@ -40,7 +41,7 @@ class Assembly:
     corpus: Prepared
     tokenizer: Tokenizer
     validation: TokenSplit
-    batches: Batches
+    batches: Batches | PairBatches
     steps_per_epoch: int
     max_steps: int
     max_epochs: int
@@ -77,7 +78,8 @@ def assemble(
     train, validation = corpus.splits["train"], corpus.splits["validation"]
     require(train, "train", config.max_seq_len)
     require(validation, "validation", config.max_seq_len)
-    epoch = steps_per_epoch(config, len(train.tokens))
+    batches = make_batches(train, config)
+    epoch = steps_per_epoch(config, batches.batches_per_pass)
     max_steps, max_epochs = run_length(training, epoch)
     random.seed(training.seed)
     np.random.seed(training.seed)
@@ -96,7 +98,7 @@ def assemble(
         corpus=corpus,
         tokenizer=corpus.tokenizer,
         validation=validation,
-        batches=Batches(train, config.max_seq_len, training.batch_size, training.seed),
+        batches=batches,
         steps_per_epoch=epoch,
         max_steps=max_steps,
         max_epochs=max_epochs,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -67,10 +67,9 @@ def score(
     try:
         for batch in batches:
             here = _rows(batch, ranks)
-            tokens, targets = here.tokens.to(device), here.targets.to(device)
-            if here.mask is not None:
-                targets = targets.masked_fill(~here.mask.to(device), -100)
-            output = model(tokens)
+            here = here if device is None else here.map(lambda each: each.to(device))
+            targets = here.targets if here.mask is None else here.targets.masked_fill(~here.mask, -100)
+            output = model(*here.inputs)
             loss = nn.functional.cross_entropy(
                 output.logits.flatten(0, 1).float(), targets.flatten(), reduction="sum", ignore_index=-100
             )
@@ -113,7 +112,6 @@ def _rows(batch: Batch, ranks: Ranks) -> Batch:
     mask = torch.ones_like(batch.targets, dtype=torch.bool) if batch.mask is None else batch.mask
     short = -len(mask) % ranks.size
     if short:
-        tokens, targets = (torch.cat((each, each[:1].expand(short, -1))) for each in (batch.tokens, batch.targets))
-        batch = Batch(tokens, targets)
+        batch = batch.map(lambda each: torch.cat((each, each[:1].expand(short, -1))))
         mask = torch.cat((mask, torch.zeros_like(mask[:1]).expand(short, -1)))
-    return Batch(ranks.share(batch.tokens), ranks.share(batch.targets), ranks.share(mask))
+    return replace(batch, mask=mask).map(ranks.share)

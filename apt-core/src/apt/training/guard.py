@@ -50,7 +50,7 @@ def find_source(
     with untouched(model), precision, torch.compiler.set_stance("force_eager"):
         try:
             for batch in batches:
-                model(batch.tokens)
+                model(*batch.inputs)
         finally:
             for handle in handles:
                 handle.remove()

@@ -31,7 +31,7 @@ class LossStep(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`weight` multiplies the mean cross entropy, `extra_weight` the losses of parts and plugins."""
         with self.autocast(batch.tokens.device):
-            output: Output = self.model(batch.tokens)
+            output: Output = self.model(*batch.inputs)
             targets = batch.targets if batch.mask is None else batch.targets.masked_fill(~batch.mask, -100)
             logits = output.logits.flatten(0, 1).float()
             loss = nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=-100)

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from apt.core.config import APTConfig
 from apt.core.hooks import HookRunner
 from apt.data.batches import Batches
+from apt.data.pairs import PairBatches
 from apt.errors import NotFiniteError
 from apt.hookspecs import Batch, RunState
 from apt.modeling.model import Decoder
@@ -48,7 +49,7 @@ class Step:
         model: Decoder,
         optimizer: Optimizer,
         parallel: Parallel,
-        batches: Batches,
+        batches: Batches | PairBatches,
         rate: Callable[[int], float],
         proof: ProofOfUse,
         ranks: Ranks,
@@ -93,8 +94,7 @@ class Step:
 
     def _batch(self, state: RunState, index: int) -> Batch:
         """This rank's part of a micro-batch, as the plugins leave it."""
-        whole = self.batches.get(index)
-        batch = Batch(*(self.ranks.share(each).to(self.device) for each in (whole.tokens, whole.targets)))
+        batch = self.batches.get(index).map(lambda each: self.ranks.share(each).to(self.device))
         self.hooks.hook.apt_batch_prepare(state=state, batch=batch)
         return batch
 

@@ -206,7 +206,7 @@ class Trainer:
         tokens = ranks.share(parts.batches.get(0).tokens).to(self.device)
         self.calibration = settle(self.model, tokens, config, kept, ranks, self.console)
         if config.training.compile:
-            for block in self.model.blocks:
+            for block in self.model.all_blocks():
                 block.compile(fullgraph=False)
         parallel = Parallel(LossStep(self.model, self.hooks, config.training.precision), config, ranks)
         self.step = Step(

@@ -3,7 +3,7 @@
 from apt.core.provider import Provider, Slot
 from apt.core.providers.align import AlignProvider
 from apt.core.providers.attention import AttentionProvider
-from apt.core.providers.data import DataProvider, Document
+from apt.core.providers.data import DataProvider, Document, Pair
 from apt.core.providers.ffn import FFNProvider
 from apt.core.providers.heads import HeadsProvider, RopeScaling
 from apt.core.providers.logger import Logger, LoggerProvider
@@ -38,6 +38,7 @@ __all__ = [
     "HeadsProvider",
     "Logger",
     "LoggerProvider",
+    "Pair",
     "Plugin",
     "Provider",
     "RetrievalProvider",

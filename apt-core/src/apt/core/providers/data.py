@@ -30,6 +30,23 @@ class Document:
         yield self.text
 
 
+@dataclass(frozen=True)
+class Pair(Document):
+    """A text and what is to be written of it: `text` is the target. Its pieces are the two, one after the other."""
+
+    source: str = ""
+
+    @property
+    def num_bytes(self) -> int:
+        """The length of both in UTF-8."""
+        return len(self.source.encode()) + len(self.text.encode())
+
+    def pieces(self) -> Iterator[str]:
+        """The source, then the target."""
+        yield self.source
+        yield self.text
+
+
 class DataProvider(Provider):
     """Reads a corpus. The trainer splits it 80/10/10 by document, by a hash of each document's name."""
 
@@ -41,6 +58,10 @@ class DataProvider(Provider):
 
         Raises `apt.errors.DataError` where a file is missing, empty, binary, or not UTF-8.
         """
+
+    def gives_pairs(self) -> bool:
+        """Whether its documents are `Pair`s, for an encoder-decoder."""
+        return False
 
     def fingerprint(self) -> str | None:
         """What tells in a moment whether `read` gives what it gave before, such as sizes and times of files.
