@@ -69,9 +69,9 @@ def test_padding_does_not_count(seed: int, metric: str) -> None:
     stable, align = torch.randn(2, 2, 6, 8)
     mask = torch.arange(6).expand(2, 6) < torch.tensor([[6], [3]])
     aligner = BiState(metric=metric).create_aligner(8)
-    loss = aligner(stable, align, mask)
+    loss = aligner(stable, align, mask=mask)
     moved = torch.where(mask.unsqueeze(-1), align, 1e3)
-    torch.testing.assert_close(aligner(stable, moved, mask), loss)
+    torch.testing.assert_close(aligner(stable, moved, mask=mask), loss)
 
 
 @pytest.mark.parametrize("metric", ["cosine", "l2", "nce"])

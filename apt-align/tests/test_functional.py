@@ -107,3 +107,31 @@ def test_in_bfloat16_everything_is_finite_and_zeros_have_a_gradient(distance: Di
     distance(one, zeros).sum().backward()
     assert zeros.grad is not None
     assert zeros.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("debiased", [True, False])
+@given(seed=seeds, scale=scales)
+def test_cka_is_1_for_a_rotation_and_a_scale_and_symmetric(debiased: bool, seed: int, scale: float) -> None:
+    one, two = states(seed, 40, 6)
+    rotation = torch.linalg.qr(two[:6])[0]
+    alike = functional.cka(one, scale * one @ rotation + 3, debiased=debiased)
+    torch.testing.assert_close(alike, torch.ones(()), rtol=1e-4, atol=1e-4)
+    there, back = (functional.cka(*pair, debiased=debiased) for pair in ((one, two), (two, one)))
+    torch.testing.assert_close(there, back)
+
+
+def test_plain_cka_is_the_paper_s_formula_and_the_debiased_one_does_not_flatter_few_tokens() -> None:
+    one, two = states(1, 30, 8)
+    x, y = one - one.mean(0), two - two.mean(0)
+    expected = (y.t() @ x).norm() ** 2 / ((x.t() @ x).norm() * (y.t() @ y).norm())
+    torch.testing.assert_close(functional.cka(one, two, debiased=False), expected)
+    wide = [functional.cka(*states(seed, 20, 200)).item() for seed in range(30)]
+    assert functional.cka(*states(0, 20, 200), debiased=False) > 0.8
+    assert abs(sum(wide) / len(wide)) < 0.05
+
+
+def test_cka_compares_states_of_different_widths_and_refuses_too_few_tokens() -> None:
+    one, _ = states(2, 30, 8)
+    torch.testing.assert_close(functional.cka(one, torch.cat([one, one], -1)), torch.ones(()))
+    with pytest.raises(ValueError, match="at least 4 tokens, not 3"):
+        functional.cka(one[:3], one[:3])

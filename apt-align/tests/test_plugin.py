@@ -1,5 +1,6 @@
 """The loss in a run: on a real model, by the hooks that the trainer calls."""
 
+import dataclasses
 from collections.abc import Mapping
 
 import pytest
@@ -14,6 +15,7 @@ from apt.hookspecs import Batch, RunState
 from apt.modeling.compose import ModelBuilder
 from apt.modeling.parts import set_active
 from apt_align.plugin import AlignPlugin
+from apt_align.provider import RDrop
 
 CONFIG = APTConfig(
     vocab_size=300,
@@ -46,9 +48,9 @@ def batch() -> Batch:
 class Run:
     """A model, its plugin, and what the trainer does between them."""
 
-    def __init__(self, **options: object) -> None:
+    def __init__(self, provider: str = "bistate_default", **options: object) -> None:
         torch.manual_seed(0)
-        self.config = config(**options)
+        self.config = config(**options).model_copy(update={"align_name": provider})
         self.model = ModelBuilder(self.config).build_model()
         self.plugin = AlignPlugin()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
@@ -77,7 +79,16 @@ class Run:
 
 
 @pytest.mark.parametrize(
-    ("options", "passes"), [({"state": "dropout"}, 2), ({"state": "ema"}, 2), ({"state": "layer"}, 1)]
+    ("options", "passes"),
+    [
+        ({"state": "dropout"}, 2),
+        ({"state": "ema"}, 2),
+        ({"state": "layer"}, 1),
+        ({"state": "evidence"}, 1),
+        ({"provider": "rdrop"}, 2),
+        ({"provider": "rdrop", "num_states": 3}, 3),
+        ({"provider": "mean_teacher"}, 2),
+    ],
 )
 def test_each_state_costs_the_passes_that_it_says_and_none_at_weight_0(options: dict[str, object], passes: int) -> None:
     run = Run(**options)
@@ -147,7 +158,7 @@ def test_state_layer_compares_the_last_state_with_that_block_s_output(layer: int
     extra = run.plugin.apt_loss_extra(state(), run.model, given, output)
     assert extra is not None
     assert isinstance(run.model.aligner, nn.Module)
-    torch.testing.assert_close(extra["align"], run.model.aligner(output.hidden, kept[0], given.mask))
+    torch.testing.assert_close(extra["align"], run.model.aligner(output.hidden, kept[0], mask=given.mask))
 
 
 def test_training_leaves_no_hook_behind() -> None:
@@ -207,7 +218,7 @@ def test_wrappers_of_the_model_do_not_hide_it() -> None:
     run.plugin.apt_step_end(state(), wrapped, {})
     saved = run.plugin.apt_checkpoint_save(state())
     assert saved is not None
-    assert "average.embedding.weight" in saved
+    assert "weights.ema.embedding.weight" in saved
 
 
 class Midway(AlignProvider):
@@ -263,3 +274,99 @@ def test_what_works_is_accepted() -> None:
 def test_a_model_without_an_aligner_says_so() -> None:
     with pytest.raises(RuntimeError, match="this model holds no aligner"):
         AlignPlugin().apt_training_start(state(), nn.Linear(2, 2), torch.optim.SGD(nn.Linear(1, 1).parameters()))
+
+
+def test_rdrop_is_the_mean_cross_entropy_of_the_passes_and_their_symmetric_divergence() -> None:
+    run = Run("rdrop", weight=0.5)
+    run.start()
+    given = batch()
+    torch.manual_seed(1)
+    outputs = [run.model(given.tokens) for _ in range(2)]
+    torch.manual_seed(1)
+    extra = run.plugin.apt_loss_extra(state(), run.model, given, run.model(given.tokens))
+    assert extra is not None
+    assert given.mask is not None
+    targets = given.targets[given.mask]
+    first, second = (nn.functional.cross_entropy(each.logits[given.mask], targets) for each in outputs)
+    torch.testing.assert_close(first + extra["align_passes"], (first + second) / 2)
+    p, q = (each.logits.log_softmax(-1)[given.mask] for each in outputs)
+    divergence = ((p.exp() - q.exp()) * (p - q)).sum(-1).mean() / 2
+    torch.testing.assert_close(extra["align"], 0.5 * divergence)
+
+
+def test_rdrop_moves_both_passes_and_of_three_takes_the_mean_over_pairs() -> None:
+    provider = RDrop(num_states=3)
+    aligner = provider.create_aligner(8)
+    logits = [torch.randn(2, 5, 8, requires_grad=True) for _ in range(3)]
+    loss = aligner(*logits)
+    pairs = [aligner(logits[i], logits[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+    torch.testing.assert_close(loss, torch.stack(pairs).mean())
+    assert all(each.abs().sum() > 0 for each in torch.autograd.grad(loss, logits))
+
+
+def test_a_mean_teacher_of_weight_0_averages_the_weights_and_makes_no_pass() -> None:
+    run = Run("mean_teacher", weight=0.0)
+    run.start()
+    run.step()
+    saved = run.plugin.apt_checkpoint_save(state())
+    assert run.passes == 1
+    assert saved is not None
+    assert saved["updates"] == 1
+
+
+def test_the_evidence_is_of_earlier_batches_and_teaches_the_model() -> None:
+    run = Run(state="evidence")
+    run.start()
+    first = run.loss()
+    assert first is not None
+    assert abs(first["align"].item()) < 1e-5
+    second = run.loss()
+    assert second is not None
+    assert second["align"] > 1e-3
+
+
+def test_the_warm_up_is_the_interpolation_weight() -> None:
+    run = Run(state="layer", weight=0.5, warmup=2)
+    run.start()
+    for epoch, expected in ((0, 0.0), (2, 0.0), (4, 0.25), (6, 0.5)):
+        now = dataclasses.replace(state(), epoch=epoch, max_epochs=6)
+        run.plugin.apt_step_start(now)
+        assert run.model.aligner.weight.item() == expected
+        given = batch()
+        losses = run.plugin.apt_loss_extra(now, run.model, given, run.model(given.tokens))
+        assert (losses is None) == (expected == 0)
+
+
+def test_evaluations_say_how_alike_the_states_were() -> None:
+    run = Run(state="layer")
+    run.start()
+    metrics: dict[str, float] = {}
+    run.plugin.apt_evaluation_end(state(), run.model, metrics)
+    assert not metrics
+    run.loss()
+    run.plugin.apt_evaluation_end(state(), run.model, metrics)
+    assert -1 <= metrics["align_cka"] <= 1.01
+
+
+def test_one_plugin_trains_one_model_after_another() -> None:
+    run = Run(state="ema")
+    run.start()
+    other = Run(state="layer")
+    run.plugin.apt_training_start(state(), other.model, other.optimizer)
+    assert run.plugin.apt_checkpoint_save(state()) is None
+    run.plugin.apt_training_end(state(), other.model)
+
+
+@pytest.mark.parametrize(
+    ("provider", "options", "changes", "message"),
+    [
+        ("rdrop", {}, {"dropout": 0.0}, "model.align: rdrop, but the model's dropout is 0"),
+        ("mean_teacher", {"warmup": 1}, {"schedules": {"align_weight": {"start": 0, "end": 1}}}, "keep one of them"),
+    ],
+)
+def test_the_named_aligners_say_what_cannot_work(
+    provider: str, options: dict[str, object], changes: dict[str, object], message: str
+) -> None:
+    made = config(**options).model_copy(update={"align_name": provider, **changes})
+    with pytest.raises(ProfileError, match=message):
+        AlignPlugin().apt_config_resolved(made)

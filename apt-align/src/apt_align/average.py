@@ -14,7 +14,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from apt.layers import Output
 
-_PREFIX = "average."
+_PREFIX = "weights.ema."
+"""What apt-core offers as ``--weights ema``: see `apt.hookspecs.Hooks.apt_checkpoint_save`."""
 
 
 class Average:

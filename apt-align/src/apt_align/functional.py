@@ -61,3 +61,37 @@ def mean(distances: Tensor, mask: Tensor | None = None) -> Tensor:
     if mask is None:
         return distances.mean()
     return (distances * mask).sum() / mask.sum().clamp(min=1)
+
+
+def cka(one: Tensor, two: Tensor, *, debiased: bool = True) -> Tensor:
+    """Linear centred kernel alignment of two sets of states of the same tokens, [tokens, features] each: a scalar.
+
+    HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) with K = X X^T and L = Y Y^T; 1 for states that differ by a rotation and a
+    scale, whatever their widths (Kornblith et al. 2019, arXiv:1905.00414, eq. 3). With few tokens the plain estimate is near 1
+    for anything; the debiased one takes the unbiased estimate of HSIC (Song et al. 2012, JMLR 13, eq. 5), is near 0 for
+    unrelated states, and may fall below it. A measure, not a loss: states that say nothing have none (nan). Raises
+    `ValueError` for fewer than four tokens.
+    """
+    if len(one) < 4:
+        raise ValueError(f"cka compares at least 4 tokens, not {len(one)}")
+    first, second = (_gram(each.double(), debiased) for each in (one, two))
+    hsic = _unbiased_hsic if debiased else _hsic
+    return (hsic(first, second) / (hsic(first, first) * hsic(second, second)).sqrt()).float()
+
+
+def _gram(states: Tensor, debiased: bool) -> Tensor:
+    states = states - states.mean(0)
+    gram = states @ states.t()
+    return gram - gram.diag().diag() if debiased else gram
+
+
+def _hsic(first: Tensor, second: Tensor) -> Tensor:
+    return (first * second).sum()
+
+
+def _unbiased_hsic(first: Tensor, second: Tensor) -> Tensor:
+    """Of Gram matrices whose diagonal is 0."""
+    tokens = len(first)
+    sums = first.sum() * second.sum() / ((tokens - 1) * (tokens - 2))
+    rows = first.sum(0) @ second.sum(0) * 2 / (tokens - 2)
+    return ((first * second).sum() + sums - rows) / (tokens * (tokens - 3))

@@ -147,7 +147,10 @@ class Hooks:
 
     @hookspec
     def apt_checkpoint_save(self, state: RunState) -> Mapping[str, object] | None:
-        """What this plugin wants to find again after a resume: JSON values and tensors."""
+        """What this plugin wants to find again after a resume: JSON values and tensors.
+
+        Tensors named ``weights.<name>.<parameter>`` are other weights of the model, which ``--weights <name>`` uses.
+        """
 
     @hookspec
     def apt_checkpoint_load(self, state: RunState, saved: Mapping[str, object]) -> None:

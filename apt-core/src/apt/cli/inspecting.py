@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from apt.cli.running import Commands
     from apt.core.discovery import ProviderRecord
+    from apt.core.estimate import Estimate
     from apt.core.profile import Profile
     from apt.core.schedules import Piecewise, Ramp
 
@@ -292,7 +293,7 @@ def _check(arguments: argparse.Namespace) -> int:
         "\nACTIVE is what one token meets; FLOPs are of a forward pass at full context, training takes three times as many."
     )
     if "align" in resolved.providers:
-        print(f"align: a training step costs {cost.step_cost:.2g} times one without it.")
+        print(_align_cost(cost))
     batch = config.training.batch_size
     print(
         f"\nmemory of training, batches of {batch} x {config.max_seq_len}: {size(cost.training_memory)} "
@@ -302,6 +303,21 @@ def _check(arguments: argparse.Namespace) -> int:
     _print_plan(profile)
     print_providers(resolved.resolutions)
     return 0
+
+
+def _align_cost(cost: Estimate) -> str:
+    """What alignment costs, in words."""
+    forward, backward = cost.extra_passes
+    if not forward:
+        return "align needs no further pass of the model: a training step costs nearly what it does without it."
+    multiple = "doubles the forward pass" if forward == 1 else f"makes {forward + 1} forward passes of one"
+    if backward:
+        multiple += " and the backward pass" + ("es" if backward > 1 else "")
+    training = 3 * cost.flops_per_token
+    return (
+        f"align {multiple}: {count(cost.step_cost * training)} FLOPs a token of training while its weight is above 0, "
+        f"{count(training)} without it."
+    )
 
 
 def _print_plan(profile: Profile) -> None:

@@ -72,6 +72,7 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     add_sampling(generate, max_new_tokens=200)
     add_precision(generate)
+    _add_weights(generate)
     generate.add_argument(
         "--rag", type=Path, metavar="FOLDER", help="put passages from these texts before the prompt (needs apt-rag)"
     )
@@ -87,6 +88,7 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     add_run(evaluate)
     evaluate.add_argument("--split", choices=("validation", "test"), default="validation", help="default: validation")
     add_precision(evaluate)
+    _add_weights(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
     plot = commands.add_parser(
@@ -129,6 +131,15 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights and activations")
     parser.add_argument(
         "--quantize", choices=("int8",), help="eight bits for the linear layers, head included: the fastest on a CPU"
+    )
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights",
+        default="trained",
+        metavar="NAME",
+        help="another set of weights that the checkpoint holds, such as ema, their average (default: trained)",
     )
 
 
@@ -246,6 +257,15 @@ def load(arguments: argparse.Namespace) -> LoadedRun:
     return load_run(arguments.folder, allow_local_code=arguments.allow_local_code, strict_lock=arguments.strict_lock)
 
 
+def _load_weights(arguments: argparse.Namespace) -> LoadedRun:
+    """The run that the options name, with the weights that they name."""
+    run = load(arguments)
+    from apt.training.weights import use_weights
+
+    use_weights(run.folder, run.model, arguments.weights)
+    return run
+
+
 def prepare_run(run: LoadedRun, arguments: argparse.Namespace) -> None:
     """Change the run's model to the precision that was asked for."""
     from apt.inference.prepare import prepare
@@ -256,7 +276,7 @@ def prepare_run(run: LoadedRun, arguments: argparse.Namespace) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    run = load(arguments)
+    run = _load_weights(arguments)
     from apt.inference.generate import generate, generate_batch
 
     prepare_run(run, arguments)
@@ -307,7 +327,7 @@ def _hooks(run: LoadedRun, rag: Path | None) -> HookRunner:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    run = load(arguments)
+    run = _load_weights(arguments)
     from rich.console import Console
 
     from apt.data.corpus import require

@@ -31,6 +31,8 @@ COMES_WITH = {
     "router.topk_default": "apt-moe",
     "plugin.moe": "apt-moe",
     "align.bistate_default": "apt-align",
+    "align.mean_teacher": "apt-align",
+    "align.rdrop": "apt-align",
     "plugin.align": "apt-align",
     "retrieval.cosine": "apt-rag",
     "plugin.rag": "apt-rag",

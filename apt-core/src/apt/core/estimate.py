@@ -39,6 +39,8 @@ class Estimate:
     cache_per_token: int
     step_cost: float
     """A training step with alignment on, in steps without it."""
+    extra_passes: tuple[int, int]
+    """Forward and backward passes that alignment adds to a training step."""
 
     @property
     def parameters(self) -> int:
@@ -114,8 +116,10 @@ def estimate(config: APTConfig, resolved: Resolved) -> Estimate:
         size = align.get_parameter_count(width)
         parts.append(PartCost("align", align.get_name(), 1, size, size, 2.0 * size))
     parameters = sum(part.parameters for part in parts)
-    passes = align.get_step_cost() if isinstance(align, AlignProvider) else 1.0
-    kept_passes = 2 if passes >= 2 else 1
+    step_cost, extra_passes = 1.0, (0, 0)
+    if isinstance(align, AlignProvider):
+        step_cost, extra_passes = align.get_step_cost(), align.get_extra_passes()
+    kept_passes = 1 + extra_passes[1]
     return Estimate(
         parts=tuple(parts),
         weights=BYTES * parameters,
@@ -123,7 +127,8 @@ def estimate(config: APTConfig, resolved: Resolved) -> Estimate:
         optimizer=2 * BYTES * parameters,
         activations=kept_passes * _activations(config, attention, ffns),
         cache_per_token=BYTES * config.num_blocks * attention.get_cache_size(width, config.num_heads),
-        step_cost=passes,
+        step_cost=step_cost,
+        extra_passes=extra_passes,
     )
 
 

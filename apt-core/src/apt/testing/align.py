@@ -79,14 +79,31 @@ def finite(subject: Subject) -> None:
 
 @check("align")
 def the_teacher_stands_still(subject: Subject) -> None:
-    """With beta = 0 the loss teaches the state to align and leaves the stable one alone."""
+    """With beta = 0 the loss teaches the state to align and leaves the stable one alone, where it says it can."""
     provider, aligner, one, two = _parts(subject, 1.0, 0.0)
+    if not provider.supports_asymmetric_alignment():
+        forth, back = (provider.compute_alignment(aligner, *pair)[1] for pair in ((one, two), (two, one)))
+        demand_close(
+            forth, back, "it says that both directions weigh the same, and swapping the states changes the loss"
+        )
+        return
     one.requires_grad_()
     two.requires_grad_()
     _, loss = provider.compute_alignment(aligner, one, two)
     teacher, student = torch.autograd.grad(loss, (one, two), allow_unused=True)
     demand(teacher is None or not teacher.any(), "the stable state gets a gradient, so both can meet in a constant")
     demand(student is not None and student.any(), "the state to align gets no gradient")
+
+
+@check("align")
+def passes(subject: Subject) -> None:
+    """What it costs is no less than nothing, and no backward pass comes without its forward pass."""
+    assert isinstance(subject.provider, AlignProvider)
+    forward, backward = subject.provider.get_extra_passes()
+    demand(0 <= backward <= forward, f"get_extra_passes says {forward} forward and {backward} backward passes")
+    demand(
+        subject.provider.get_step_cost() >= 1, f"a step with it costs {subject.provider.get_step_cost()} of one without"
+    )
 
 
 @check("align")
