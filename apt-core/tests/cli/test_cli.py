@@ -158,7 +158,8 @@ def test_profiles_are_made_shown_and_compared(
 def test_the_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "schema")
     assert code == 0
-    assert json.loads(out)["properties"]["model"]["properties"]["attention"] == {"$ref": "#/$defs/attention"}
+    attention = json.loads(out)["properties"]["model"]["properties"]["attention"]
+    assert attention == {"anyOf": [{"$ref": "#/$defs/attention"}, {"type": "null"}]}
 
 
 def test_a_schedule_is_drawn(capsys: pytest.CaptureFixture[str], profile_file: Path, tmp_path: Path) -> None:

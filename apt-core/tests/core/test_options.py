@@ -51,6 +51,10 @@ def test_a_fault_of_the_whole_has_no_path_of_its_own():
     assert faults(rank=101, must=1) == [": rank and must do not fit"]
 
 
+def test_an_option_without_a_name_is_no_option():
+    assert faults(**{"": None, "must": 1}) == [": no such option; options: rank, mode, inner, must"]
+
+
 @given(st.dictionaries(st.text(max_size=3), st.one_of(st.integers(), st.floats(allow_nan=False), st.text(max_size=3))))
 def test_the_canonical_form_does_not_know_the_order_of_keys(options):
     assert canonical(options) == canonical(dict(reversed(list(options.items()))))

@@ -430,12 +430,12 @@ def test_a_provider_can_be_registered_by_where_it_is_and_is_imported_later(site,
 
 
 def test_packages_may_bring_kinds_of_their_own():
-    class Logger(Provider):
-        kind: ClassVar[str] = "logger"
+    class Telescope(Provider):
+        kind: ClassVar[str] = "telescope"
 
     registry = Registry()
-    registry.register("logger", "mine", Logger)
-    assert registry.get("logger", "mine").get_name() == "mine"
+    registry.register("telescope", "mine", Telescope)
+    assert registry.get("telescope", "mine").get_name() == "mine"
 
 
 def test_the_decorator_registers_with_the_registry_of_the_process():

@@ -241,8 +241,7 @@ def test_schedules_must_name_plugins_that_are_listed_and_values_that_are_read(re
     assert found == {
         "schedules.enable_swich_at_epoch": "the profile does not list the plugin 'swich'; did you mean 'switch'?",
         "schedules.enable_switch_at_step": "enable_switch_at_epoch switches 'switch' on as well; keep one",
-        "schedules.enable_switch_at_epok": "1 is not a schedule; such as {start: 1.5, end: 0.8}; "
-        "did you mean 'enable_switch_at_epoch'?",
+        "schedules.enable_switch_at_epok": "1 is no schedule; did you mean 'enable_switch_at_epoch'?",
         "schedules.route_tmp": "this model has no such value; did you mean 'route_temp'? "
         "it has: capacity, pace, route_temp",
     }

@@ -53,7 +53,9 @@ def _grouped(error: ValidationError, given: object) -> dict[Loc, list[ErrorDetai
 def _path_in(given: object, detail: ErrorDetails) -> Loc:
     """The part of a location that names something in `given`; the rest are tags of unions."""
     path: list[int | str] = []
-    *before, last = detail["loc"] or ("",)
+    if not detail["loc"]:
+        return ()
+    *before, last = detail["loc"]
     for part in before:
         held = given.get(part) if isinstance(given, Mapping) else None
         if isinstance(given, list | tuple) and isinstance(part, int) and part < len(given):
@@ -61,7 +63,7 @@ def _path_in(given: object, detail: ErrorDetails) -> Loc:
         if held is not None:
             path.append(part)
             given = held
-    if last != "" and (
+    if (
         detail["type"] == "missing"
         or (isinstance(given, Mapping) and last in given)
         or (isinstance(given, list | tuple) and isinstance(last, int))
