@@ -56,6 +56,13 @@ def tests(session: nox.Session, packages: str) -> None:
 
 
 @nox.session
+def thorough(session: nox.Session) -> None:
+    """Further cases of what the tests of everything together cover, which would make the ordinary command long."""
+    install(session, DISTRIBUTIONS, *TEST_TOOLS)
+    session.run("pytest", "-q", "-n", "2", CALM, "-m", "thorough", "tests", *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session
 def authors(session: nox.Session) -> None:
     """The packages of others: the one to copy, as its README says, with apt-core alone; the example beside all of ours."""
     install(session, ("apt-core",), *TEST_TOOLS, "./template")

@@ -92,14 +92,15 @@ def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor
     assert not [name for name in one if not torch.equal(one[name], other[name])]
 
 
-def test_killed_at_twenty_random_moments(config: APTConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("times", [5, pytest.param(20, marks=pytest.mark.thorough)])
+def test_killed_at_random_moments(config: APTConfig, tmp_path: Path, times: int) -> None:
     started = time.monotonic()
     assert run(train, config, tmp_path / "whole") == 0
     length = time.monotonic() - started
     generator = random.Random(7)
     kills = 0
     out = tmp_path / "run"
-    while kills < 20:
+    while kills < times:
         if run(train, config, out, kill_after=generator.uniform(0, length)) == 0:
             # It was done before it could be killed: begin again.
             assert_same_bits(bits(tmp_path / "whole"), bits(out))
@@ -114,11 +115,12 @@ def test_killed_at_twenty_random_moments(config: APTConfig, tmp_path: Path) -> N
     assert_same_bits(bits(tmp_path / "whole"), bits(out))
 
 
-def test_killed_at_every_touch_of_the_disk(config: APTConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stride", [11, pytest.param(3, marks=pytest.mark.thorough)])
+def test_killed_when_the_disk_is_touched(config: APTConfig, tmp_path: Path, stride: int) -> None:
     short = config.model_copy(update={"training": config.training.model_copy(update={"max_steps": 6})})
     assert run(train, short, tmp_path / "whole") == 0
     expected = bits(tmp_path / "whole")
-    for fatal in itertools.count(1, 3):
+    for fatal in itertools.count(1, stride):
         out = tmp_path / f"at-{fatal}"
         died = run(train_and_die, short, out, fatal) != 0
         if died:

@@ -21,6 +21,7 @@ from apt.training.checkpoint import list_checkpoints, load_run, verify
 from apt.training.record import read_metrics
 
 pytestmark = pytest.mark.timeout(900)  # a busy machine is no fault of the code
+thorough = pytest.mark.thorough
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -79,11 +80,11 @@ def test_two_ranks_train_what_one_does_over_both_switches(profile: Path, tmp_pat
     [
         ((2, DDP), (1, [])),
         ((2, FSDP), (1, [])),
-        ((1, []), (2, FSDP)),
-        ((2, FSDP), (2, FSDP)),
-        ((2, FSDP), (2, DDP)),
-        ((2, DDP), (2, DDP)),
-        ((2, DDP), (3, FSDP)),
+        pytest.param((1, []), (2, FSDP), marks=thorough),
+        pytest.param((2, FSDP), (2, FSDP), marks=thorough),
+        pytest.param((2, FSDP), (2, DDP), marks=thorough),
+        pytest.param((2, DDP), (2, DDP), marks=thorough),
+        pytest.param((2, DDP), (3, FSDP), marks=thorough),
     ],
     ids=lambda each: f"{each[0]}{''.join(each[1])[-5:]}",
 )
@@ -102,6 +103,7 @@ def test_a_run_goes_on_with_other_ranks(
             torch.testing.assert_close(rest[name], tensor, atol=1e-4, rtol=1e-3)
 
 
+@thorough
 def test_a_split_checkpoint_keeps_every_promise_of_a_whole_one(profile: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = ["--set", "training.async_save=true", "--set", "training.keep_best=true", "--set", "training.keep_last=2"]
@@ -120,6 +122,7 @@ def test_a_split_checkpoint_keeps_every_promise_of_a_whole_one(profile: Path, tm
         load_run(out)
 
 
+@thorough
 @both
 def test_micro_batches_of_two_ranks_are_one_large_batch(profile: Path, tmp_path: Path, parallel: list[str]) -> None:
     words = ["--set", "training.accumulate=2", "--set", "training.max_steps=20"]
@@ -129,6 +132,7 @@ def test_micro_batches_of_two_ranks_are_one_large_batch(profile: Path, tmp_path:
     assert max(abs(a - b) for (_, a), (_, b) in pairs) < 1e-5
 
 
+@thorough
 def test_parts_of_every_kind_train_when_split(profile: Path, tmp_path: Path) -> None:
     # autopoietic has a parameter of a single number, which cannot be split; a bias router keeps counts; bf16 casts.
     words = ["--set", "model.attention.provider=autopoietic", "--set", "training.max_steps=20"]
@@ -164,6 +168,7 @@ def test_a_rank_that_dies_ends_the_run_with_its_name(profile: Path, tmp_path: Pa
     assert f"Signal {signal.SIGKILL.value} (SIGKILL) received by PID {victim.pid}" in output
 
 
+@thorough
 @both
 def test_all_ranks_stop_at_the_same_step_and_save(profile: Path, tmp_path: Path, parallel: list[str]) -> None:
     process = start(profile, tmp_path / "run", *parallel)
@@ -248,9 +253,13 @@ def run_script(ranks: int, profile: Path, out: Path, *words: str) -> subprocess.
     )
 
 
-UNEVEN = ["plugins=[moe, uneven]", "schedules={enable_moe_at_epoch: 1}", "training.max_steps=20"]
+UNEVEN = [
+    *("plugins=[moe, uneven]", "model.align=null", "training.max_steps=20"),
+    *("schedules.enable_align_at_epoch=null", "schedules.align_weight=null"),
+]
 
 
+@thorough
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_where_ranks_count_different_numbers_of_tokens_all_count_alike(
     profile: Path, tmp_path: Path, parallel: str

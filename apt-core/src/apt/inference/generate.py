@@ -180,6 +180,7 @@ def inference(model: Decoder) -> Iterator[None]:
         model.train(was_training)
 
 
+@torch.inference_mode()
 def _changed(
     logits: Float[Tensor, "batch vocab"], rows: Sequence[Row], open_rows: set[int], hooks: HookRunner, state: RunState
 ) -> Float[Tensor, "batch vocab"]:
