@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -244,3 +246,21 @@ def test_a_pipe_that_closes_is_no_error(profile_file: Path) -> None:
     command = f"{sys.executable} -m apt profile show {profile_file} | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert (done.stdout.split(":")[0], done.stderr) == ("name", "")
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.EROFS, 2), (errno.ENOSPC, 2), (errno.EIO, 1)])
+def test_what_the_file_system_refuses_is_told_and_whose_fault_it_is(
+    capsys: pytest.CaptureFixture[str], profile_file: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    make = Path.mkdir
+
+    def refuse(self: Path, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
+        if self == Path("runs/x"):
+            raise OSError(number, os.strerror(number), str(self))
+        make(self, mode, parents, exist_ok)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert run(capsys, "train", "-p", profile_file, "--out", "runs/x")[::2] == (
+        code,
+        f"error: runs/x: {os.strerror(number)}\n",
+    )

@@ -19,7 +19,7 @@ from apt.core.config import APTConfig
 from apt.core.discovery import discover
 from apt.core.profile import load_profile
 from apt.core.providers import FFNProvider, Plugin
-from apt.core.registry import Registry
+from apt.core.registry import Registry, registry
 from apt.core.resolve import resolve_config
 from apt.errors import AptError, CheckpointError, PluginError, ProofOfUseError, UserError
 from apt.hookspecs import hookimpl
@@ -37,6 +37,8 @@ class Layer(nn.Module):
         self.active, self.fault, self.calls = True, fault, 0
         self.dense, self.branch = nn.Linear(d_model, d_model), nn.Linear(d_model, d_model)
         self.register_buffer("gain", torch.tensor(1.0))
+        if fault == "an inner part does not run":
+            self.inner = registry.get("ffn", "default").create_layer(d_model, d_model)
 
     def forward(self, x, *, mask=None):
         y = self.dense(x)
@@ -230,6 +232,15 @@ def test_what_is_switched_on_and_does_not_learn_stops_the_run(
     with pytest.raises(ProofOfUseError, match=message):
         train(profile_file, tmp_path / "run", *WATCHED, f"model.ffn.fault={fault}")
     assert (tmp_path / "run" / "step-000004" / "manifest.json").is_file()
+
+
+def test_a_part_within_a_part_that_never_runs_stops_the_run_at_its_first_step(
+    profile_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ProofOfUseError, match=r"ffn.default \(apt-core .*\), blocks.1.ffn.inner: its module did not run"
+    ):
+        train(profile_file, tmp_path / "run", *WATCHED, "model.ffn.fault=an inner part does not run")
 
 
 def test_a_number_that_is_not_finite_stops_with_step_batch_and_provider(profile_file: Path, tmp_path: Path) -> None:
