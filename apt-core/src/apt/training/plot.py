@@ -114,6 +114,7 @@ def _number(value: object) -> float:
 def _draw(courses: Sequence[Course]) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     values = sorted({name for course in courses for name in course.values})
     measured = sorted({name for course in courses for name in course.measured})
@@ -146,6 +147,7 @@ def _draw(courses: Sequence[Course]) -> Figure:
         axes.tick_params(labelsize=8, color=_FAINT)
     figure.align_ylabels(others)
     others[-1].set_xlabel("step", fontsize=9)
+    others[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     title = courses[0].name if len(courses) == 1 else "held-out loss (points) and training loss of several runs"
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=_INK)
     return figure
