@@ -36,7 +36,7 @@ def profile(tiny: APTConfig, tmp_path: Path) -> Path:
 
 
 DDP, FSDP = ["--set", "hardware.parallel=ddp"], ["--set", "hardware.parallel=fsdp"]
-both = pytest.mark.parametrize("parallel", [DDP, FSDP], ids=["ddp", "fsdp"])
+both = pytest.mark.parametrize("parallel", [pytest.param(DDP, marks=thorough), FSDP], ids=["ddp", "fsdp"])
 
 
 def command(ranks: int, profile: Path, out: Path, *words: str) -> list[str]:
@@ -78,7 +78,7 @@ def test_two_ranks_train_what_one_does_over_both_switches(profile: Path, tmp_pat
 @pytest.mark.parametrize(
     ("first", "then"),
     [
-        ((2, DDP), (1, [])),
+        pytest.param((2, DDP), (1, []), marks=thorough),
         ((2, FSDP), (1, [])),
         pytest.param((1, []), (2, FSDP), marks=thorough),
         pytest.param((2, FSDP), (2, FSDP), marks=thorough),

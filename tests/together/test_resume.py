@@ -108,7 +108,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_offered(tiny: APT
         load_run(tmp_path / "run")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.thorough)])
 def test_an_interrupted_run_saves_and_resumes_to_the_same_bits(
     tiny: APTConfig, tmp_path: Path, number: signal.Signals
 ) -> None:
