@@ -9,7 +9,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
-from apt.core.providers import AttentionProvider
+from apt.core.providers import AttentionProvider, RopeScaling
 from apt.layers import Part
 from apt_attention_tva.provider import TVA, Autopoietic
 
@@ -17,14 +17,18 @@ settings.register_profile("apt", deadline=None)  # the first call of a PyTorch f
 settings.load_profile("apt")
 
 D_MODEL, HEADS = 24, 3
+NTK = RopeScaling(type="ntk", factor=4)
 
 CASES: dict[str, AttentionProvider] = {
     "tva": TVA(r=2),
     "tva, a projector a head, normals": TVA(rank=6, per_head=True, s=2, tau=0.3, scale="head"),
     "tva, multi-query": TVA(r=4, num_kv_heads=1),
-    "tva, no positions": TVA(rank=3, rope_theta=None),
+    "tva, no positions": TVA(rank=3, positions="none"),
+    "tva, projected last, a window, normed": TVA(rank=5, project="last", window=6, qk_norm=True, per_head=True),
+    "tva, a window, stretched, biases": TVA(r=2, window=6, rope_scaling=NTK, bias="all", num_kv_heads=1),
     "autopoietic": Autopoietic(alpha=0.3, beta=0.8, epsilon=0.5),
     "autopoietic, multi-query": Autopoietic(num_kv_heads=1, init_tau=0.8),
+    "autopoietic, a window, normed": Autopoietic(alpha=0.3, beta=0.8, epsilon=0.5, window=6, qk_norm=True),
     "autopoietic, neutral": Autopoietic(alpha=0, beta=0, epsilon=0, init_tau=1),
 }
 

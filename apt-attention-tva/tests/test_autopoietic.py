@@ -82,7 +82,7 @@ def test_the_temperature_starts_where_it_is_told(init_tau: float) -> None:
         {"sr_ratio": 1},
         {"init_tau": 0.7},
         {"num_kv_heads": 1},
-        {"rope_theta": None},
+        {"positions": "none"},
     ],
 )
 def test_every_option_has_an_effect(changed: dict[str, object]) -> None:

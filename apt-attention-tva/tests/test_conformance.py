@@ -36,7 +36,10 @@ def test_shape_and_type_are_kept_and_numbers_are_finite_in_bf16(layer: nn.Module
     assert bool(mixed.isfinite().all())
 
 
-def test_no_output_depends_on_the_future_by_its_gradient(layer: nn.Module) -> None:
+def test_no_output_depends_on_the_future_or_beyond_the_window_by_its_gradient(
+    provider: AttentionProvider, layer: nn.Module
+) -> None:
+    window = provider.get_window() or SEQ
     for training in (False, True):
         layer.train(training)
         x = states(1, SEQ).requires_grad_()
@@ -44,7 +47,8 @@ def test_no_output_depends_on_the_future_by_its_gradient(layer: nn.Module) -> No
         for t in range(SEQ):
             (gradient,) = torch.autograd.grad(mixed[0, t].sum(), x, retain_graph=True)
             assert not gradient[0, t + 1 :].any()
-            assert gradient[0, t].any()
+            assert not gradient[0, : max(0, t - window + 1)].any()
+            assert bool(gradient[0, max(0, t - window + 1) : t + 1].abs().sum(-1).gt(0).all())
 
 
 def test_a_changed_future_leaves_the_past_as_it_was_bit_for_bit(layer: nn.Module) -> None:
@@ -62,13 +66,17 @@ def test_without_causality_every_token_sees_every_other(layer: nn.Module) -> Non
 
 
 def test_true_in_the_mask_means_keep(layer: nn.Module) -> None:
+    window = layer.shape.window
     x = states(1, SEQ)
     mask = torch.ones(1, SEQ, dtype=torch.bool)
     torch.testing.assert_close(output(layer(x, mask=mask)), output(layer(x)))
     mask[:, 3] = False
-    kept = [token for token in range(SEQ) if token != 3]
-    positions = torch.tensor([kept])
-    torch.testing.assert_close(output(layer(x, mask=mask))[:, kept], output(layer(x[:, kept], positions=positions)))
+    kept = [token for token in range(SEQ) if token != 3 and (window is None or token >= 3 + window)]
+    seen = kept if window is None else list(range(4, SEQ))
+    positions = torch.tensor([seen])
+    torch.testing.assert_close(
+        output(layer(x, mask=mask))[:, kept], output(layer(x[:, seen], positions=positions))[:, -len(kept) :]
+    )
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -123,14 +131,15 @@ def test_decoding_in_any_portions_gives_what_one_pass_gives(case: str, portions:
 def test_the_cache_holds_what_the_provider_says(provider: AttentionProvider, layer: nn.Module) -> None:
     cache = layer.create_cache(2, 10, torch.float32, CPU)
     tensors = [value for value in vars(cache).values() if isinstance(value, Tensor) and value.is_floating_point()]
-    assert sum(tensor.numel() for tensor in tensors) == 2 * 10 * provider.get_cache_size(D_MODEL, HEADS)
+    tokens = min(10, provider.get_window() or 10)
+    assert sum(tensor.numel() for tensor in tensors) == 2 * tokens * provider.get_cache_size(D_MODEL, HEADS)
 
 
-def test_scores_depend_on_distances_alone(layer: nn.Module) -> None:
+def test_scores_depend_on_distances_alone_unless_projected_last(layer: nn.Module) -> None:
     x = states(1, SEQ)
-    positions = torch.arange(SEQ).unsqueeze(0)
+    moved, here = (output(layer(x, positions=torch.arange(start, start + SEQ).unsqueeze(0))) for start in (50, 0))
     # The angles are float32.
-    torch.testing.assert_close(output(layer(x, positions=positions + 50)), output(layer(x)), atol=1e-5, rtol=1e-5)
+    assert torch.allclose(moved, here, atol=1e-5, rtol=1e-5) != getattr(layer, "late", False)
 
 
 def test_positions_matter_unless_there_are_none(layer: nn.Module) -> None:
@@ -254,8 +263,9 @@ def test_heads_can_change_places(provider: AttentionProvider, layer: nn.Module) 
     order = torch.tensor([2, 0, 1])
     kv_order = order if kv_heads == heads else torch.arange(kv_heads)
     with torch.no_grad():
-        q, k, v = layer.qkv.weight.unflatten(0, (-1, width)).split((heads, kv_heads, kv_heads))
-        other.qkv.weight.copy_(torch.cat((q[order], k[kv_order], v[kv_order])).flatten(0, 1))
+        for own, theirs in zip(layer.qkv.parameters(), other.qkv.parameters(), strict=True):
+            q, k, v = own.unflatten(0, (-1, width)).split((heads, kv_heads, kv_heads))
+            theirs.copy_(torch.cat((q[order], k[kv_order], v[kv_order])).flatten(0, 1))
         other.out.weight.copy_(layer.out.weight.unflatten(1, (heads, width))[:, order].flatten(1))
         if getattr(layer, "down", None) is not None and layer.down.shape[0] > 1:
             other.down.copy_(layer.down[order])

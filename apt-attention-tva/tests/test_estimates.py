@@ -15,10 +15,15 @@ PROVIDERS = [
     TVA(),
     TVA(r=2, num_kv_heads=2, per_head=True),
     TVA(r=1, s=3),
-    TVA(r=2, rope_theta=None),
+    TVA(r=2, positions="none"),
+    TVA(r=2, project="last", num_kv_heads=2, window=4),
+    TVA(rank=6, project="last", qk_norm=True, per_head=True, head_width=24, bias="all"),
+    TVA(rank=5, project="last", positions="learned", s=2),
+    TVA(r=2, qk_norm=True, positions="none", window=20),
     Autopoietic(),
     Autopoietic(num_kv_heads=1, epsilon=0),
-    Autopoietic(alpha=0, beta=0, epsilon=0, rope_theta=None),
+    Autopoietic(num_kv_heads=2, qk_norm=True, window=20),
+    Autopoietic(alpha=0, beta=0, epsilon=0, positions="none"),
 ]
 SIZES = [(64, 4, 2, 5), (64, 4, 2, 60), (64, 4, 1, 300), (96, 4, 3, 128)]
 EVERY = [(provider, *size) for provider, size in itertools.product(PROVIDERS, SIZES)]

@@ -19,7 +19,10 @@ OPTIONS = [
     {"rank": 6, "per_head": True},
     {"num_kv_heads": 1, "per_head": True, "scale": "head"},
     {"r": 4, "s": 2, "tau": 0.1},
-    {"rank": 5, "rope_theta": None},
+    {"rank": 5, "positions": "none"},
+    {"rank": 5, "project": "last", "window": 5, "bias": "qkv"},
+    {"rank": 4, "project": "last", "per_head": True, "qk_norm": True, "bias": "all"},
+    {"r": 2, "qk_norm": True, "window": 5, "rope_scaling": {"type": "yarn", "factor": 4, "original_max_seq_len": 8}},
 ]
 
 
@@ -29,30 +32,39 @@ def tva(**options: object) -> TriVeinAttention:
     return layer
 
 
-def reference(layer: TriVeinAttention, x: Tensor, theta: float | None) -> Tensor:
+def reference(layer: TriVeinAttention, x: Tensor) -> Tensor:
     """The formula of the docstring, head by head, with all scores in memory."""
     shape, seq = layer.shape, x.shape[1]
     heads, kv_heads, d = shape.num_heads, shape.num_kv_heads, layer.d_head
-    q, k, v = linear(x, layer.qkv.weight).unflatten(-1, (-1, d)).transpose(1, 2).split((heads, kv_heads, kv_heads), 1)
+    wide = linear(x, layer.qkv.weight, layer.qkv.bias).unflatten(-1, (-1, d)).transpose(1, 2)
+    q, k, v = wide.split((heads, kv_heads, kv_heads), 1)
+
+    def place(t: Tensor, norm: nn.Module | None) -> Tensor:
+        t = t if norm is None else norm(t)
+        positions = torch.arange(seq).unsqueeze(0)
+        return t if shape.rope_theta is None else rotate(t, positions, shape.rope_theta, shape.rope_scaling)
+
+    distance = torch.arange(seq).unsqueeze(1) - torch.arange(seq)
+    hidden = (distance < 0) | (distance >= (shape.window or seq))
     mixed = []
     for head in range(heads):
         kv = head * kv_heads // heads
         down, up = (p[kv if len(p) > 1 else 0] for p in (layer.down, layer.up))
-        narrow = [t[:, n : n + 1] @ down.T for t, n in ((q, head), (k, kv), (v, kv))]
-        if theta is not None:
-            positions = torch.arange(seq).unsqueeze(0)
-            narrow[:2] = [rotate(t, positions, theta) for t in narrow[:2]]
-        scores = narrow[0] @ narrow[1].mT * shape.scale
-        scores = scores.masked_fill(torch.ones(seq, seq).triu(1).bool(), -math.inf)
-        mixed.append((scores.softmax(-1) @ narrow[2]) @ up.T)
-    return linear(torch.cat(mixed, -1)[:, 0], layer.out.weight)
+        one, two = q[:, head : head + 1], k[:, kv : kv + 1]
+        if layer.late:
+            one, two = (place(t, norm) @ down.T for t, norm in ((one, layer.q_norm), (two, layer.k_norm)))
+        else:
+            one, two = (place(t @ down.T, norm) for t, norm in ((one, layer.q_norm), (two, layer.k_norm)))
+        scores = (one @ two.mT * shape.scale).masked_fill(hidden, -math.inf)
+        mixed.append((scores.softmax(-1) @ (v[:, kv : kv + 1] @ down.T)) @ up.T)
+    return linear(torch.cat(mixed, -1)[:, 0], layer.out.weight, layer.out.bias)
 
 
 @pytest.mark.parametrize("options", [o for o in OPTIONS if "s" not in o])
 @pytest.mark.parametrize("seq", [3, 40])
 def test_it_is_its_formula_whether_weights_are_composed_or_not(options: dict[str, object], seq: int) -> None:
     layer, x = tva(**options), states(2, seq)
-    torch.testing.assert_close(output(layer(x)), reference(layer, x, layer.shape.rope_theta))
+    torch.testing.assert_close(output(layer(x)), reference(layer, x))
 
 
 @pytest.mark.parametrize("scale", ["rank", "head"])
@@ -72,7 +84,7 @@ def test_with_identity_projectors_it_is_scaled_dot_product_attention(scale: str,
 
 
 def test_at_full_rank_an_orthogonal_projector_changes_nothing_but_rotations() -> None:
-    layer, x = trained(TVA(r=1, rope_theta=None)), states(2, 13)
+    layer, x = trained(TVA(r=1, positions="none")), states(2, 13)
     basis = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0]
     outputs = []
     for down in (torch.eye(8, dtype=torch.float64), basis):
@@ -107,13 +119,20 @@ def test_folding_leaves_fewer_numbers_and_the_layer_as_it_was() -> None:
     folded = layer.fold()
     assert sum(p.numel() for p in folded.parameters()) == 4 * D_MODEL * HEADS * layer.rank
     with torch.no_grad():
-        folded.inward.zero_()
+        folded.inward.weight.zero_()
     assert torch.equal(output(layer(x)), before)
 
 
 @pytest.mark.parametrize(
     ("options", "rank"),
-    [({}, 4), ({"r": 1}, 16), ({"r": 3}, 6), ({"r": 100}, 2), ({"rank": 10}, 10), ({"rank": 7, "rope_theta": None}, 7)],
+    [
+        ({}, 4),
+        ({"r": 1}, 16),
+        ({"r": 3}, 6),
+        ({"r": 100}, 2),
+        ({"rank": 10}, 10),
+        ({"rank": 7, "positions": "none"}, 7),
+    ],
 )
 def test_the_rank_is_the_head_width_over_r_rounded_up_to_even(options: dict[str, object], rank: int) -> None:
     provider = TVA.model_validate(options)
@@ -151,7 +170,13 @@ def test_its_state_dict_has_these_names() -> None:
         {"scale": "head"},
         {"num_kv_heads": 1},
         {"rope_theta": 100.0},
-        {"rope_theta": None},
+        {"positions": "none"},
+        {"project": "last"},
+        {"head_width": 12},
+        {"qk_norm": True},
+        {"bias": "qkv"},
+        {"window": 3},
+        {"rope_scaling": {"type": "linear", "factor": 2}},
         {"s": 1},
         {"s": 1, "tau": 0.9},
         {"s": 1, "subspace_loss": 0.5},

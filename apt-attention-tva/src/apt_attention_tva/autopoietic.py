@@ -16,8 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from apt.layers import LayerCache
 from apt.layers.heads import Heads, Shape
-from apt_attention_tva.costs import BLOCK
+from apt_attention_tva.costs import blocks
 from apt_attention_tva.functional import broken_line, row_entropy
+
+NORM_EPS = 1e-6
 
 LINE = ("slope", "offset", "height")
 """The parameters of the learned map of scores, one number a hidden unit; without the map they are not there."""
@@ -33,17 +35,28 @@ class AutopoieticAttention(Heads):
     With alpha = epsilon = beta = 0 and tau = 1 it is exactly softmax attention.
 
     This is the predecessor's idea with row statistics in place of its whole-matrix ones; its own map, measured, was
-    0.2 S_h + 0.1 M and let the future into the past.
+    0.2 S_h + 0.1 M and let the future into the past. With `qk_norm` queries and keys pass an RMSNorm before they are turned.
     """
 
     def __init__(
-        self, shape: Shape, alpha: float, beta: float, epsilon: float, hidden: int, init_tau: float, dropout: float
+        self,
+        shape: Shape,
+        *,
+        alpha: float,
+        beta: float,
+        epsilon: float,
+        hidden: int,
+        init_tau: float,
+        qk_norm: bool,
+        dropout: float,
     ) -> None:
         super().__init__(shape, dropout)
         self.alpha, self.beta, self.epsilon, self.init_tau = alpha, beta, epsilon, init_tau
         heads, kv_heads, width = shape.num_heads, shape.num_kv_heads, shape.width
         self.qkv = nn.Linear(shape.d_model, (heads + 2 * kv_heads) * width, bias=False)
         self.out = nn.Linear(heads * width, shape.d_model, bias=False)
+        self.q_norm = nn.RMSNorm(width, NORM_EPS) if qk_norm else None
+        self.k_norm = nn.RMSNorm(width, NORM_EPS) if qk_norm else None
         self.theta = nn.Parameter(torch.empty(()))
         self.line = nn.ParameterDict({name: torch.empty(hidden) for name in LINE} if epsilon else {})
         self.reset_parameters()
@@ -69,6 +82,8 @@ class AutopoieticAttention(Heads):
     ) -> Float[Tensor, "batch seq d_model"]:
         """Attend; see `apt.layers.AttentionLayer`."""
         q, k, v = self.split(x, memory, self.qkv.weight)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         mixed = self.mix(q, k, v, causal=causal, mask=mask, positions=positions, cross=memory is not None, cache=cache)
         return nn.functional.linear(mixed.transpose(1, 2).flatten(2), self.out.weight)
 
@@ -84,23 +99,24 @@ class AutopoieticAttention(Heads):
     ) -> Float[Tensor, "batch heads seq width"]:
         """Mix the values block by block of queries; keys that no query of a block may see are left out."""
         seq, kv = q.shape[2], k.shape[2]
-        blocks = []
-        for start in range(0, seq, BLOCK):
-            end = min(start + BLOCK, seq)
-            reach = kv - seq + end if causal else kv
-            visible = torch.ones(1, 1, end - start, reach, dtype=torch.bool, device=q.device)
+        mixed = []
+        for (start, end), (first, last) in blocks(seq, kv, causal, window):
+            visible = torch.ones(1, 1, end - start, last - first, dtype=torch.bool, device=q.device)
+            here = kv - seq + start - first  # the key of the block's first query
             if causal:
-                visible = visible.tril(kv - seq + start)
+                visible = visible.tril(here)
             if window is not None:
-                visible = visible.triu(kv - seq + start - window + 1)
+                visible = visible.triu(here - window + 1)
+                visible = visible if causal else visible.tril(here + window - 1)
             if mask is not None:
-                visible = visible & mask[:, None, None, :reach]
-            arguments = (q[:, :, start:end], k[:, :, :reach], v[:, :, :reach], visible.logical_not(), mask is not None)
-            if seq > BLOCK and torch.is_grad_enabled():
-                blocks.append(checkpoint(self._block, *arguments, use_reentrant=False))
+                visible = visible & mask[:, None, None, first:last]
+            arguments = (q[:, :, start:end], k[:, :, first:last], v[:, :, first:last], visible.logical_not())
+            padded = mask is not None
+            if (end - start) < seq and torch.is_grad_enabled():
+                mixed.append(checkpoint(self._block, *arguments, padded, use_reentrant=False))
             else:
-                blocks.append(self._block(*arguments))
-        return torch.cat(blocks, 2) if len(blocks) > 1 else blocks[0]
+                mixed.append(self._block(*arguments, padded))
+        return torch.cat(mixed, 2) if len(mixed) > 1 else mixed[0]
 
     def _block(self, q: Tensor, k: Tensor, v: Tensor, unseen: Tensor, padded: bool) -> Tensor:
         (batch, heads, queries, width), kv_heads = q.shape, k.shape[1]

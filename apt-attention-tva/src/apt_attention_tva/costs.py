@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 BLOCK = 128
 """Queries that autopoietic attention computes at once."""
 
@@ -15,7 +17,24 @@ def composing_pays(tokens: int, d_model: int, d_head: int, rank: int) -> bool:
     return tokens * (d_model * d_head + rank * d_head - d_model * rank) > rank * d_head * d_model
 
 
-def visited_scores(seq_len: int) -> int:
-    """Scores of one head that causal autopoietic attention computes: each block of queries up to its last key."""
-    ends = [min(start + BLOCK, seq_len) for start in range(0, seq_len, BLOCK)]
-    return sum((end - start) * end for start, end in zip(range(0, seq_len, BLOCK), ends, strict=True))
+def blocks(
+    queries: int, keys: int, causal: bool, window: int | None
+) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """The blocks of queries, from and to, and for each the keys, from and to, that any query of it may see.
+
+    The last query stands at the last key. A `window` is as in `apt.layers.attend.attend`.
+    """
+    before = keys - queries
+    for start in range(0, queries, BLOCK):
+        end = min(start + BLOCK, queries)
+        first, last = 0, before + end if causal else keys
+        if window is not None:
+            first = max(0, before + start - window + 1)
+            last = last if causal else min(keys, before + end + window - 1)
+        yield (start, end), (first, last)
+
+
+def visited_scores(seq_len: int, window: int | None = None) -> int:
+    """Scores of one head that causal autopoietic attention computes."""
+    visited = blocks(seq_len, seq_len, True, window)
+    return sum((end - start) * (last - first) for (start, end), (first, last) in visited)

@@ -54,28 +54,40 @@ class Heads(nn.Module):
         memory: Float[Tensor, "batch kv d_model"] | None,
         weight: Float[Tensor, "inward d_model"],
         bias: Float[Tensor, " inward"] | None = None,
+        v_width: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of `x`, keys and values of `memory` (or `x`), each [batch, heads, seq, width].
 
-        `weight` [(H + 2 H_kv) * width, d_model] and `bias` project to all of them; the width is their own.
+        `weight` [(H + H_kv) * width + H_kv * v_width, d_model] and `bias` project to all of them; the width is their own,
+        and that of the values too where `v_width` is not given.
         """
-        heads, kv_heads = self.shape.num_heads, self.shape.num_kv_heads
-        width = weight.shape[0] // (heads + 2 * kv_heads)
         if memory is None:
-            return self.divide(nn.functional.linear(x, weight, bias))
-        sizes = [heads * width, 2 * kv_heads * width]
+            return self.divide(nn.functional.linear(x, weight, bias), v_width)
+        width, v_width = self._widths(weight.shape[0], v_width)
+        sizes = [self.shape.num_heads * width, self.shape.num_kv_heads * (width + v_width)]
         ours, theirs = torch.split(weight, sizes)
         our_bias, their_bias = (None, None) if bias is None else torch.split(bias, sizes)
         q = nn.functional.linear(x, ours, our_bias)
-        k, v = nn.functional.linear(memory, theirs, their_bias).chunk(2, -1)
-        return _in_heads(q, width), _in_heads(k, width), _in_heads(v, width)
+        both = nn.functional.linear(memory, theirs, their_bias)
+        k, v = torch.split(both, [self.shape.num_kv_heads * width, self.shape.num_kv_heads * v_width], -1)
+        return _in_heads(q, width), _in_heads(k, width), _in_heads(v, v_width)
 
-    def divide(self, projected: Float[Tensor, "batch seq inward"]) -> tuple[Tensor, Tensor, Tensor]:
+    def divide(
+        self, projected: Float[Tensor, "batch seq inward"], v_width: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values side by side, as heads [batch, heads, seq, width]."""
         heads, kv_heads = self.shape.num_heads, self.shape.num_kv_heads
-        width = projected.shape[-1] // (heads + 2 * kv_heads)
-        q, k, v = torch.split(projected, [heads * width, kv_heads * width, kv_heads * width], -1)
-        return _in_heads(q, width), _in_heads(k, width), _in_heads(v, width)
+        width, v_width = self._widths(projected.shape[-1], v_width)
+        q, k, v = torch.split(projected, [heads * width, kv_heads * width, kv_heads * v_width], -1)
+        return _in_heads(q, width), _in_heads(k, width), _in_heads(v, v_width)
+
+    def _widths(self, inward: int, v_width: int | None) -> tuple[int, int]:
+        """The widths of queries and keys, and of values, that are `inward` numbers together."""
+        heads, kv_heads = self.shape.num_heads, self.shape.num_kv_heads
+        if v_width is None:
+            width = inward // (heads + 2 * kv_heads)
+            return width, width
+        return (inward - kv_heads * v_width) // (heads + kv_heads), v_width
 
     def mix(
         self,
@@ -97,17 +109,29 @@ class Heads(nn.Module):
             raise ValueError("this layer takes its own cache, and none where it attends across")
         if cross:
             return self.attend(q, k, v, causal=False, mask=mask, window=None)
-        if self.shape.rope_theta is not None:
-            turn = self._get_turn(q, positions, None if cache is None else cache.length)
-            q, k = apply_turn(q, turn), apply_turn(k, turn)
+        q, k = self.turn(q, k, positions, None if cache is None else cache.length)
         if isinstance(cache, KVCache):
             k, v, mask = cache.append(k, v, mask)
         return self.attend(q, k, v, causal=causal, mask=mask, window=self.shape.window)
 
-    def _get_turn(self, q: Tensor, positions: Tensor | None, read: int | None) -> Turn:
-        """The turn of the queries' positions; where they are not given, they follow the `read` ones in a cache."""
-        width, theta, scaling = self.shape.width, self.shape.rope_theta, self.shape.rope_scaling
-        assert theta is not None
+    def turn(
+        self,
+        q: Float[Tensor, "batch heads seq width"],
+        k: Float[Tensor, "batch kv_heads seq width"],
+        positions: Int[Tensor, "#batch seq"] | None,
+        read: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys of the same tokens turned by their positions, where those are rotary, as they meet and are cached.
+
+        Positions that are not given follow the `read` ones in a cache.
+        """
+        if self.shape.rope_theta is None:
+            return q, k
+        turn = self._get_turn(q, self.shape.rope_theta, positions, read)
+        return apply_turn(q, turn), apply_turn(k, turn)
+
+    def _get_turn(self, q: Tensor, theta: float, positions: Tensor | None, read: int | None) -> Turn:
+        width, scaling = q.shape[-1], self.shape.rope_scaling
         if positions is None:
             start = 0 if read is None else read
             if read is not None and not torch.compiler.is_compiling():

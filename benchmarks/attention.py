@@ -1,0 +1,282 @@
+"""What each attention is worth: one small model with Tri-Vein, autopoietic and its rivals' attention, from three seeds each.
+
+``python benchmarks/attention.py run --out DIR`` trains those of equal tokens, ``cost --out DIR`` measures what a step costs
+(on a quiet machine), ``run --longer --out DIR`` trains those of equal time, and ``draw --out DIR FILE`` prints the tables and
+draws the figure of docs/attention.md. Everything goes on where it was stopped; results are lines of DIR/results.jsonl.
+
+All runs read Python's standard library as bytes in the same order, with the same learning rate: warm-up, constant, and a linear
+decay over the last fifth. *Equal tokens*: the same number of steps. *Equal time*: a run has as many steps as fit in the time
+of multi-head attention's, by the cost of a step, and a decay of its own; since the rate is constant before it, such a run goes
+on from the last checkpoint of the run of equal tokens that both have in common (`apt-core branch`). A step's cost is CPU
+time of one thread, the median over rounds in which all attentions take one step each in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from apt.core.config import APTConfig
+from apt.core.profile import load_profile
+from apt.modeling.compose import ModelBuilder
+from apt.modeling.model import Decoder
+from apt.testing.measure import saved_bytes
+from apt.training.optim import make_optimizer
+from apt.training.record import read_metrics
+from apt.training.trainer import Trainer
+
+STEPS, BATCH, SEQ, MARKS = 300, 8, 128, 10
+"""Steps of the runs of equal tokens, and checkpoints in each."""
+PROFILE = """
+name: attention
+model:
+  {{d_model: 128, num_heads: 4, num_layers: 4, d_ff: 512, max_seq_len: {seq}, dropout: 0.0, attention_dropout: 0.0,
+    attention: {{{attention}}}}}
+training:
+  {{max_steps: {steps}, steps_per_epoch: 1000000, max_epochs: 1, batch_size: {batch}, learning_rate: 3.0e-3, warmup_steps: 50,
+    weight_decay: 0.1, gradient_clip: 1.0, lr_schedule: wsd, min_lr_ratio: 0.0, seed: {seed}, save_every: {every}, keep_last: 10}}
+data: {{source: stdlib}}
+evaluation: {{eval_every: {often}, max_batches: 40, sample_tokens: 0}}
+monitoring: {{plot: false, log_every: 20}}
+hardware: {{threads: 1}}
+"""
+REFERENCE = "multi-head"
+ARMS = {
+    REFERENCE: "provider: sdpa",
+    "grouped, 2 of 4": "provider: sdpa, num_kv_heads: 2",
+    "multi-query": "provider: sdpa, num_kv_heads: 1",
+    "multi-query, half heads": "provider: sdpa, num_kv_heads: 1, head_width: 16",
+    "narrow d/2": "provider: sdpa, head_width: 16",
+    "narrow d/4": "provider: sdpa, head_width: 8",
+    "narrow d/8": "provider: sdpa, head_width: 4",
+    "tva d/2": "provider: tva_default, rank: 16",
+    "tva d/4": "provider: tva_default, rank: 8",
+    "tva d/8": "provider: tva_default, rank: 4",
+    "autopoietic": "provider: autopoietic",
+}
+
+
+def config(arm: str, seed: int, steps: int) -> APTConfig:
+    """The profile of one run."""
+    text = PROFILE.format(
+        seq=SEQ,
+        attention=ARMS[arm],
+        steps=steps,
+        batch=BATCH,
+        seed=seed,
+        every=STEPS // MARKS,
+        often=STEPS // 5,
+    )
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(text)
+        file.flush()
+        return load_profile(Path(file.name)).config
+
+
+def run(out: Path, seeds: list[int], arms: list[str], longer: bool) -> None:
+    """Train what is not there yet: the runs of equal tokens, or those of equal time."""
+    torch.set_num_threads(1)
+    out.mkdir(parents=True, exist_ok=True)
+    have = {(line["arm"], line["seed"], line["equal"]) for line in read(out)}
+    equal = "time" if longer else "tokens"
+    costs = read_costs(out) if longer else {}
+    for seed in seeds:
+        for arm in arms:
+            if (arm, seed, equal) in have or (longer and (arm, seed, "tokens") not in have):
+                continue
+            steps = round(STEPS * costs[REFERENCE]["step"] / costs[arm]["step"]) if longer else STEPS
+            trunk, own = (out / f"{arm.replace(' ', '-').replace('/', '_')}-{seed}{end}" for end in ("", "-time"))
+            branch = None
+            if longer and arm != REFERENCE:
+                shutil.rmtree(own, ignore_errors=True)
+                # Both are undecayed up to four fifths of the shorter one.
+                last = int(0.8 * min(steps, STEPS)) // (STEPS // MARKS) * (STEPS // MARKS)
+                branch = trunk / f"step-{last:06d}"
+            start = time.process_time()
+            if longer and arm == REFERENCE:
+                curve = curve_of(trunk)
+            else:
+                folder = own if longer else trunk
+                made = config(arm, seed, steps)
+                quiet = Console(quiet=True)
+                Trainer(made, folder, branch=branch, resume="never" if longer else "auto", console=quiet).fit()
+                curve = curve_of(folder)
+            line = {"arm": arm, "seed": seed, "equal": equal, "steps": steps, "curve": curve}
+            with (out / "results.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            spent = time.process_time() - start
+            print(f"{arm:24} seed {seed}, {steps} steps: {curve[-1][1]:.4f} nats a byte, {spent:.0f} s", flush=True)
+
+
+def curve_of(folder: Path) -> list[tuple[int, float]]:
+    """(step, held-out loss) of each evaluation."""
+    events = [event for event in read_metrics(folder) if event["event"] == "evaluation"]
+    return [(int(str(event["step"])), float(str(event["loss"]))) for event in events]
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    """All results."""
+    file = out / "results.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def read_costs(out: Path) -> dict[str, dict[str, float]]:
+    """Arm -> what it costs, the median over the calls of `cost`."""
+    calls = [json.loads(line) for line in (out / "costs.jsonl").read_text().splitlines()]
+    return {arm: {key: statistics.median(call[arm][key] for call in calls) for key in calls[0][arm]} for arm in ARMS}
+
+
+def cost(out: Path, rounds: int) -> None:
+    """Measure all arms in turn, and add a line of medians."""
+    torch.set_num_threads(1)
+    out.mkdir(parents=True, exist_ok=True)
+    tokens = torch.randint(3, 259, (BATCH, SEQ + 1), generator=torch.Generator().manual_seed(0))
+    steps: dict[str, Callable[[], None]] = {}
+    fixed: dict[str, dict[str, float]] = {}
+    for arm in ARMS:
+        made = config(arm, 0, STEPS)
+        torch.manual_seed(0)
+        model = ModelBuilder(made).build_model()
+        steps[arm] = stepper(model, make_optimizer(model, made), tokens)
+        fixed[arm] = {
+            "parameters": sum(each.numel() for each in model.parameters()),
+            "kept": saved_bytes(model, lambda model=model: model(tokens[:, :-1])) / (BATCH * SEQ),  # type: ignore[misc]
+            "cache": cache_bytes(model),
+        }
+    seen: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    for _ in range(rounds):
+        for arm, step in steps.items():
+            start = time.process_time()
+            step()
+            seen[arm].append(time.process_time() - start)
+    line = {arm: {**fixed[arm], "step": statistics.median(times[2:])} for arm, times in seen.items()}
+    with (out / "costs.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    for arm, each in line.items():
+        print(
+            f"{arm:24} {1000 * each['step']:6.1f} ms a step, {each['step'] / line[REFERENCE]['step']:.3f}", flush=True
+        )
+
+
+def stepper(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor) -> Callable[[], None]:
+    """One training step."""
+
+    def step() -> None:
+        output = model(tokens[:, :-1])
+        loss = nn.functional.cross_entropy(output.logits.flatten(0, 1), tokens[:, 1:].flatten())
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def cache_bytes(model: Decoder) -> float:
+    """Bytes of all layers' caches for each token, in float32."""
+    caches = model.create_cache(1, SEQ)
+    tensors = [each for cache in caches for each in vars(cache).values() if isinstance(each, Tensor)]
+    return sum(each.numel() * 4 for each in tensors if each.is_floating_point()) / SEQ
+
+
+def draw(out: Path, picture: Path) -> None:
+    """The table and the figure."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    results, costs = read(out), read_costs(out)
+    lines = {(line["arm"], line["seed"], line["equal"]): line for line in results}
+    tokens_a_step = BATCH * SEQ
+    print(
+        "| attention | parameters | cache, bytes a token | kept for backward, kB a token | tokens/s | loss, equal tokens",
+        end="",
+    )
+    print(" | to multi-head | steps in equal time | loss, equal time | to multi-head |\n|" + " --- |" * 10)
+    for arm in ARMS:
+        each = costs[arm]
+        cells = [arm, f"{each['parameters']:,.0f}", f"{each['cache']:,.0f}", f"{each['kept'] / 1000:.1f}"]
+        cells.append(f"{tokens_a_step / each['step']:,.0f}")
+        for equal in ("tokens", "time"):
+            if equal == "time":
+                cells.append(f"{STEPS * costs[REFERENCE]['step'] / each['step']:.0f}")
+            seeds = sorted(seed for one, seed, other in lines if (one, other) == (arm, equal))
+            losses = [lines[arm, seed, equal]["curve"][-1][1] for seed in seeds]
+            against = [
+                lines[arm, seed, equal]["curve"][-1][1] - lines[REFERENCE, seed, "tokens"]["curve"][-1][1]
+                for seed in seeds
+                if (REFERENCE, seed, "tokens") in lines
+            ]
+            cells += [_spread(losses), "" if arm == REFERENCE else _spread(against, sign="+")]
+        print("| " + " | ".join(cells) + " |")
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    colours = dict(zip(ARMS, pyplot.get_cmap("tab20")(range(20)), strict=False))
+    marks = {"tva": "o", "narrow": "x", "multi-head": "s", "autopoietic": "^"}
+    for axis, equal in zip(axes, ("tokens", "time"), strict=True):
+        for arm in ARMS:
+            runs = [line for line in results if (line["arm"], line["equal"]) == (arm, equal)]
+            if not runs:
+                continue
+            losses = [line["curve"][-1][1] for line in runs]
+            mean = statistics.mean(losses)
+            axis.errorbar(
+                costs[arm]["cache"],
+                mean,
+                [[mean - min(losses)], [max(losses) - mean]],
+                fmt=marks.get(arm.split(" ")[0], "D"),
+                color=colours[arm],
+                label=arm,
+                capsize=3,
+            )
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("KV cache, bytes a token")
+        axis.set_title(f"equal {equal}")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("held-out loss, nats a byte")
+    axes[1].legend(fontsize=8)
+    figure.savefig(picture, dpi=120)
+    print(f"\n{picture}")
+
+
+def _spread(values: list[float], sign: str = "") -> str:
+    """The mean, and the least and the greatest."""
+    if not values:
+        return ""
+    mean, low, high = (f"{value:{sign}.4f}" for value in (statistics.mean(values), min(values), max(values)))
+    return f"{mean} ({low} to {high})" if len(values) > 1 else mean
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    runs, costs, figure = (commands.add_parser(name) for name in ("run", "cost", "draw"))
+    for each in (runs, costs, figure):
+        each.add_argument("--out", type=Path, required=True, metavar="DIR")
+    runs.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    runs.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
+    runs.add_argument("--longer", action="store_true", help="the runs of equal time; needs the cost")
+    costs.add_argument("--rounds", type=int, default=15)
+    figure.add_argument("picture", type=Path)
+    arguments = parser.parse_args()
+    if arguments.command == "run":
+        run(arguments.out, arguments.seeds, arguments.arms, arguments.longer)
+    elif arguments.command == "cost":
+        cost(arguments.out, arguments.rounds)
+    else:
+        draw(arguments.out, arguments.picture)
+
+
+if __name__ == "__main__":
+    main()
