@@ -7,6 +7,7 @@ becomes P^T A W_v, so that P reads A v from it, and W_o likewise. At rank d noth
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from apt.core.providers import HeadsProvider
 from apt.core.resolve import resolve_config
 from apt.errors import UserError
 from apt.layers.heads import Heads
-from apt.runs import LoadedRun, derive_run, load_run, open_text, score_run, to_new_folder
+from apt.runs import LoadedRun, Prepared, derive_run, load_run, open_text, score_run, to_new_folder
 from apt_attention_tva.components import Moments, score_projector, value_maps, watch
 from apt_attention_tva.provider import TVA
 from apt_attention_tva.tva import TriVeinAttention
@@ -57,20 +58,12 @@ def convert_run(
     text = open_text(run, console)
     limit = config.evaluation.max_batches if eval_batches is None else eval_batches
     before = score_run(run, text, console, max_batches=limit, what="scoring it as it is")
-    layers = attention_layers(run)
-    with ExitStack() as stack:
-        moments = [stack.enter_context(watch(layer)) for layer in layers]
-        score_run(run, text, console, split="train", max_batches=batches, what="reading the training text")
-    kept: list[tuple[float, float]] = []
-    for block, layer, seen in zip(run.model.blocks, layers, moments, strict=True):
-        made = provider.create_layer(config.d_model, config.num_heads, config.attention_dropout)
-        kept.append(convert_layer(layer, made, seen))
-        block.attention = made.to(next(layer.parameters()).device).eval()
+    moments = read_moments(run, text, console, batches)
+    scores_kept, outputs_kept = convert_model(run, provider, moments)
     after = score_run(run, text, console, max_batches=limit, what="scoring the converted model")
     old = run.resolved.providers["attention"]
     assert isinstance(old, HeadsProvider)
     cache = [each.get_cache_size(config.d_model, config.num_heads) * config.num_blocks for each in (old, provider)]
-    shares = [sum(each) / len(kept) for each in zip(*kept, strict=True)]
     change = f"model.attention: {old.get_name()} -> tva_default, rank {rank} by principal components"
     results = {
         "held-out loss (nats a token)": f"{after.loss:.4f}",
@@ -85,7 +78,7 @@ def convert_run(
     console.print(f"  after   {after.loss:.4f} nats a token, {after.bits_per_byte:.4f} bits per byte")
     console.print(f"  change  {after.loss - before.loss:+.4f} nats a token")
     console.print(f"cache:    {cache[0]:,} numbers a token before, {cache[1]:,} after ({cache[1] / cache[0]:.0%})")
-    console.print(f"energy kept: {shares[0]:.1%} of queries and keys, {shares[1]:.1%} of outputs")
+    console.print(f"energy kept: {scores_kept:.1%} of queries and keys, {outputs_kept:.1%} of outputs")
     console.print(f"run:  {out}", soft_wrap=True)
     console.print(f"next: apt-core branch {out} --set training.max_steps=... to win part of it back", soft_wrap=True)
     return checkpoint
@@ -119,6 +112,25 @@ def attention_layers(run: LoadedRun) -> list[Heads]:
     """The attention of each block."""
     layers = [block.get_submodule("attention") for block in run.model.blocks]
     return [layer for layer in layers if isinstance(layer, Heads)]
+
+
+def read_moments(run: LoadedRun, text: Prepared, console: Console, batches: int) -> list[Moments]:
+    """What each layer's components are taken of, from so many batches spread over the training text."""
+    with ExitStack() as stack:
+        moments = [stack.enter_context(watch(layer)) for layer in attention_layers(run)]
+        score_run(run, text, console, split="train", max_batches=batches, what="reading the training text")
+    return moments
+
+
+def convert_model(run: LoadedRun, provider: TVA, moments: Sequence[Moments]) -> tuple[float, float]:
+    """Put converted attention in place of the model's; returns the shares of energy kept, averaged over the layers."""
+    config, kept = run.config, []
+    for block, layer, seen in zip(run.model.blocks, attention_layers(run), moments, strict=True):
+        made = provider.create_layer(config.d_model, config.num_heads, config.attention_dropout)
+        kept.append(convert_layer(layer, made, seen))
+        block.attention = made.to(next(layer.parameters()).device).eval()
+    scores, outputs = (sum(each) / len(kept) for each in zip(*kept, strict=True))
+    return scores, outputs
 
 
 @torch.no_grad()
