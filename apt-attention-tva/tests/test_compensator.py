@@ -1,14 +1,33 @@
 from __future__ import annotations
 
+import io
+from pathlib import Path
+
 import pytest
 import torch
+from rich.console import Console
 
+from apt.core.profile import load_profile
 from apt.layers import Part
+from apt.training.record import read_metrics
+from apt.training.trainer import Trainer
 from apt_attention_tva.compensator import Compensator
 from apt_attention_tva.functional import lost_energy
 from apt_attention_tva.provider import TVA
 
 from .conftest import D_MODEL, states
+
+PROFILE = """
+name: compensated
+model:
+  {{d_model: 16, num_heads: 2, num_layers: 1, d_ff: 16, max_seq_len: 16,
+    attention: {{provider: tva_default, s: 1, tau: {tau}, r: 2}}}}
+training: {{max_steps: 4, max_epochs: 1, batch_size: 4, warmup_steps: 1, learning_rate: 1.0e-3}}
+data: {{source: files, path: "{texts}"}}
+evaluation: {{max_batches: 2, eval_every: 2, sample_tokens: 0}}
+monitoring: {{plot: false}}
+hardware: {{threads: 1}}
+"""
 
 
 def make(normals: int = 2, tau: float = 0.18, rank: int = 6) -> Compensator:
@@ -72,3 +91,20 @@ def test_the_layer_reports_loss_and_share_as_values_on_the_device() -> None:
     with torch.device("meta"):
         onmeta = TVA(s=1).create_layer(D_MODEL, 3)
         onmeta(torch.randn(1, 5, D_MODEL))  # fails at any .item()
+
+
+@pytest.mark.parametrize(("tau", "warns"), [(0.0, True), (1.0, True), (0.5, False)])
+def test_training_warns_once_of_a_share_that_says_nothing(tmp_path: Path, tau: float, warns: bool) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(30):
+        (texts / f"{number}.txt").write_text(f"the cat sat on mat {number} " * 20)
+    profile = tmp_path / "profile.yaml"
+    profile.write_text(PROFILE.format(tau=tau, texts=texts / "*.txt"))
+    said = io.StringIO()
+    console = Console(file=said, width=400)
+    result = Trainer(load_profile(profile).config, tmp_path / "run", console=console).fit()
+    shares = [event["tva_compensated_share"] for event in read_metrics(result.folder) if event["event"] == "evaluation"]
+    assert len(shares) == 2
+    assert said.getvalue().count("warning: model.attention: tva_compensated_share is") == warns
+    assert warns or all(0.01 <= float(str(share)) <= 0.9 for share in shares)

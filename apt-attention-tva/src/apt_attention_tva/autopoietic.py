@@ -15,11 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from apt.layers import LayerCache
-from apt.layers.heads import Heads, Shape
+from apt.layers.heads import HeadNorm, Heads, Shape
 from apt_attention_tva.costs import blocks
 from apt_attention_tva.functional import broken_line, row_entropy
-
-NORM_EPS = 1e-6
 
 LINE = ("slope", "offset", "height")
 """The parameters of the learned map of scores, one number a hidden unit; without the map they are not there."""
@@ -55,8 +53,8 @@ class AutopoieticAttention(Heads):
         heads, kv_heads, width = shape.num_heads, shape.num_kv_heads, shape.width
         self.qkv = nn.Linear(shape.d_model, (heads + 2 * kv_heads) * width, bias=False)
         self.out = nn.Linear(heads * width, shape.d_model, bias=False)
-        self.q_norm = nn.RMSNorm(width, NORM_EPS) if qk_norm else None
-        self.k_norm = nn.RMSNorm(width, NORM_EPS) if qk_norm else None
+        self.q_norm = HeadNorm(width) if qk_norm else None
+        self.k_norm = HeadNorm(width) if qk_norm else None
         self.theta = nn.Parameter(torch.empty(()))
         self.line = nn.ParameterDict({name: torch.empty(hidden) for name in LINE} if epsilon else {})
         self.reset_parameters()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -20,6 +21,14 @@ class TVA(HeadsProvider):
 
     Without the compensator (`s: 0`) it can express exactly what attention with heads of width r can.
     """
+
+    sound: ClassVar[Mapping[str, tuple[float, float, str]]] = {
+        "tva_compensated_share": (
+            *(0.01, 0.9),
+            "the compensator is for the few states that a subspace loses; near 0 it does nothing, near 1 it is an ordinary "
+            "low-rank layer; change tau, or r, which sets the subspace's rank",
+        )
+    }
 
     r: int = Field(
         default=4, ge=1, description="compression ratio: rank = head width // r, at least 2, rounded up to even"

@@ -16,12 +16,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from apt.layers import LayerCache, Part
-from apt.layers.heads import Heads, Shape
+from apt.layers.heads import HeadNorm, Heads, Shape
 from apt_attention_tva.compensator import Compensator
 from apt_attention_tva.costs import composing_pays
 from apt_attention_tva.functional import compose_down, compose_up, orthonormal
-
-NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Between:
         """Norms of this width (none: no norms)."""
         if norm_width is None:
             return cls(compensator=compensator)
-        return cls(nn.RMSNorm(norm_width, NORM_EPS), nn.RMSNorm(norm_width, NORM_EPS), compensator)
+        return cls(HeadNorm(norm_width), HeadNorm(norm_width), compensator)
 
 
 class VeinHeads(Heads):

@@ -7,9 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from apt.layers import LayerCache
-from apt.layers.heads import Heads, Shape
-
-NORM_EPS = 1e-6
+from apt.layers.heads import HeadNorm, Heads, Shape
 
 
 class SDPAttention(Heads):
@@ -25,8 +23,8 @@ class SDPAttention(Heads):
         heads, kv_heads, width = shape.num_heads, shape.num_kv_heads, shape.width
         self.qkv = nn.Linear(shape.d_model, (heads + 2 * kv_heads) * width, bias=bias != "none")
         self.out = nn.Linear(heads * width, shape.d_model, bias=bias == "all")
-        self.q_norm = nn.RMSNorm(width, NORM_EPS) if qk_norm else None
-        self.k_norm = nn.RMSNorm(width, NORM_EPS) if qk_norm else None
+        self.q_norm = HeadNorm(width) if qk_norm else None
+        self.k_norm = HeadNorm(width) if qk_norm else None
         if sinks:
             self.sinks = nn.Parameter(torch.zeros(heads))
 

@@ -50,6 +50,9 @@ class Provider(BaseModel, ABC):
     """The losses that its parts (a plugin: itself) add while they are on, and the scheduled value or option that weighs
     each (``{"balance_loss": "balance_loss"}``; ``""``: nothing does). One that weighs more than 0 and does not arrive
     stops the run."""
+    sound: ClassVar[Mapping[str, tuple[float, float, str]]] = {}
+    """Metrics of its parts that ought to stay within bounds: the least, the greatest, and what else it means. An evaluation
+    that finds one outside warns, once a run."""
     switched_by: ClassVar[str | None] = None
     """The plugin whose switch governs its parts: until that plugin is on they are inert."""
 

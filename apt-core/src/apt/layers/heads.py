@@ -16,6 +16,20 @@ from apt.layers.cache import KVCache
 from apt.layers.rope import Turn, apply_turn, get_next_turn, get_turn
 
 
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm over a head's width (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4), in the dtype of what it norms.
+
+    PyTorch's own, under autocast, is given two dtypes, warns, and takes a slow path.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=1e-6)
+
+    def forward(self, x: Float[Tensor, "batch heads seq width"]) -> Float[Tensor, "batch heads seq width"]:
+        """Each head over the root of its mean square, times the weight."""
+        return nn.functional.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 @dataclass(frozen=True)
 class Shape:
     """The sizes of an attention layer; `width` is a head's. Scores are multiplied by `scale`; `rope_theta` is the base

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -110,6 +110,8 @@ class Trainer:
         self.saved_at, self.saved_when = -1, time.monotonic()
         self.left_out = 0
         """Steps' worth of text that was read and left out, since a number was not finite there."""
+        self.unsound: set[str] = set()
+        """Metrics whose bounds were left, which is told once."""
         self.troubles = 0
         """Steps in a row whose numbers were not finite."""
 
@@ -429,9 +431,20 @@ class Trainer:
             self.report.line(
                 f"step {state.step}: held-out loss {scored.loss:.4f} nats a token, {scored.bits_per_byte:.4f} bits a byte"
             )
+            self._warn_of_unsound(seen)
             self.scored, self.scored_at = scored, self.state.step
             if self.config.evaluation.samples and self.ranks.is_main:
                 self._sample()
+
+    def _warn_of_unsound(self, seen: Mapping[str, Tensor]) -> None:
+        """Say, once a run, which metric is outside of the bounds that its provider gives."""
+        for where, provider in self.resolved.parts():
+            for name, (low, high, meaning) in provider.sound.items():
+                if name not in seen or name in self.unsound or low <= seen[name].item() <= high:
+                    continue
+                self.unsound.add(name)
+                bounds = f"between {low:g} and {high:g}"
+                self.report.line(f"warning: {where}: {name} is {seen[name].item():.3g}, not {bounds}: {meaning}")
 
     def _sample(self) -> None:
         """Let the model write, the same way each time."""
