@@ -246,7 +246,7 @@ class Autopoietic(HeadsProvider):
         if seq_len > BLOCK:
             heads = inward + (turned if turns or self.qk_norm else 0)
             return 4 * (numbers + tokens * heads * width) + visited_scores(seq_len, self.window)
-        stages = num_heads * (6 if self.epsilon else 2) + (3 if self.beta else 0)
+        stages = num_heads * (4 if self.epsilon else 2) + (3 if self.beta else 0)
         # Several key-value heads are copied for the product; a single one is a view of all that is projected.
         heads = num_heads + (2 * kv_heads + inward * self.qk_norm if kv_heads > 1 else num_heads + 2 + turns)
         return 4 * (numbers + tokens * heads * width + tokens * seq_len * stages) + seq_len**2
