@@ -89,6 +89,7 @@ def _find_corpus(source: DataProvider, cache: Cache, telling: Telling) -> Corpus
             "lengths": list(corpus.lengths),
         }
 
+    telling.start("looking for the text")
     seen = source.fingerprint()
     if seen is None:
         telling.start("reading the text")

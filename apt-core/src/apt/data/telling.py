@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 PLAIN_EVERY = 10.0
 """Seconds between lines where the output is no terminal."""
@@ -22,13 +22,12 @@ class Telling:
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            DownloadColumn(),
-            TransferSpeedColumn(),
+            TextColumn("{task.fields[size]}"),
             console=console,
             disable=not console.is_terminal,
             transient=True,
         )
-        self._task = self._bar.add_task("", total=None, start=False)
+        self._task = self._bar.add_task("", total=None, start=False, size="")
         self._what, self._total, self._done = "", 0, 0
         self._printed = time.monotonic()
 
@@ -44,17 +43,18 @@ class Telling:
     def start(self, what: str, total: int = 0) -> None:
         """Other work begins, of about `total` bytes where that is known."""
         self._what, self._total, self._done = what, total, 0
-        self._bar.reset(self._task, description=what, total=total or None)
+        self._bar.reset(self._task, description=what, total=total or None, size="")
 
     def advance(self, length: int) -> None:
         """So much more is done."""
         self._done += length
-        self._bar.advance(self._task, length)
+        total = f" of {self._total / 1e6:,.0f}" if self._total else ""
+        size = f"{self._done / 1e6:,.0f}{total} MB"
+        self._bar.update(self._task, advance=length, size=size)
         now = time.monotonic()
         if not self.console.is_terminal and now - self._printed >= PLAIN_EVERY:
             self._printed = now
-            total = f" of {self._total / 1e6:,.0f}" if self._total else ""
-            self.note(f"{self._what}: {self._done / 1e6:,.0f}{total} MB")
+            self.note(f"{self._what}: {size}")
 
     def follow(self, texts: Iterable[str]) -> Iterator[str]:
         """The texts, each counted when the next is asked for."""
