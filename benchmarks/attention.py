@@ -110,7 +110,9 @@ def run(out: Path, seeds: list[int], arms: list[str], longer: bool) -> None:
                 folder = own if longer else trunk
                 made = config(arm, seed, steps)
                 quiet = Console(quiet=True)
-                Trainer(made, folder, branch=branch, resume="never" if longer else "auto", console=quiet).fit()
+                trainer = Trainer(made, folder, branch=branch, resume="never" if longer else "auto", console=quiet)
+                if trainer.fit().interrupted:
+                    raise SystemExit(f"{arm}, seed {seed}: interrupted; the same command goes on with it")
                 curve = curve_of(folder)
             line = {"arm": arm, "seed": seed, "equal": equal, "steps": steps, "curve": curve}
             with (out / "results.jsonl").open("a") as file:

@@ -3,8 +3,8 @@
     python benchmarks/attention_speed.py layer [--seq 2048]
     python benchmarks/attention_speed.py decode [--context 2048] [--batch 1]
 
-``layer``: forward and backward, float32, width 512 in heads of 64, causal; the rank is a quarter of the head. The step is
-what happens between the products in and out: q, k and v turned and mixed, on tensors that are ready. ``decode``: one token at a
+``layer``: forward and backward, float32, width 512 in heads of 64, causal. The attention step is softmax(q k^T) v alone, on
+tensors that are ready; the layer has the products in and out, composing P and U, and the turning too. ``decode``: one token at a
 time through a model of GPT-2's shape (12 layers, width 768, 12 heads) with random weights whose cache holds `context`
 tokens, as `generate` does it, attention folded. All in turn, medians of rounds; ratios are to multi-head attention.
 """
@@ -78,7 +78,7 @@ def both_ways(run: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[], o
 
 
 def layer(seq: int, rounds: int, only: list[str]) -> None:
-    """The whole layer, and the step inside it."""
+    """The whole layer, and the attention step inside it."""
     x = torch.randn(1, seq, D_MODEL, requires_grad=True)
     whole: dict[str, Callable[[], object]] = {}
     inside: dict[str, Callable[[], object]] = {}
@@ -91,15 +91,15 @@ def layer(seq: int, rounds: int, only: list[str]) -> None:
         whole[name] = both_ways(lambda made=made: made(x), [x, *made.parameters()])  # type: ignore[misc]
         shape: Shape = made.shape
         heads = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
-        qkv = [torch.randn(1, seq, each, shape.width).transpose(1, 2).requires_grad_() for each in heads]
+        qkv = [torch.randn(1, each, seq, shape.width, requires_grad=True) for each in heads]
         inside[name] = both_ways(lambda made=made, qkv=qkv: step(made, *qkv), qkv)  # type: ignore[misc]
     show(f"the whole layer, {seq} tokens", compare(whole, rounds))
-    show(f"the step inside, {seq} tokens", compare(inside, rounds))
+    show(f"the attention step, {seq} tokens", compare(inside, rounds))
 
 
 def step(made: Heads, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """What happens between the products."""
-    return made.mix(q, k, v, causal=True, mask=None, positions=None, cross=False, cache=None)
+    """What every query and key take part in."""
+    return made.attend(q, k, v, causal=True, mask=None, window=None)
 
 
 @torch.inference_mode()

@@ -77,7 +77,7 @@ def broken_line(
     if torch.compiler.is_compiling():  # a compiler fuses the look-up, and has no use for functions of its own gradient
         piece = torch.nn.functional.embedding(passed, table)
         return piece[..., 0] * x + piece[..., 1]
-    line: Float[Tensor, "*some"] = _Line.apply(x, table, passed)
+    line: Float[Tensor, "*some"] = _Line.apply(x, table, passed)  # type: ignore[no-untyped-call]
     return line
 
 
