@@ -33,8 +33,9 @@ from apt.training.record import read_metrics
 from apt.training.trainer import Trainer
 from apt.training.weights import list_weights, use_weights
 
-STEPS, EVALUATIONS, BATCH, CONTEXT = 900, 9, 16, 64
-SIZE, PIECE = 60_000, 3_000
+STEPS, EVALUATIONS, BATCH, CONTEXT = 500, 10, 8, 64
+LEARNT, HELD_OUT, PIECE = 8_000, 16_000, 1_000
+"""Bytes that are trained on, bytes behind them that are held out, and bytes of a document."""
 PROFILE = """
 name: align
 plugins: [align]
@@ -63,12 +64,12 @@ ARMS = {
 def cut(text: Path, folder: Path) -> None:
     """Write the text as documents, whose names say to APT which of them are held out."""
     folder.mkdir(parents=True, exist_ok=True)
-    read = text.read_bytes()[: 2 * SIZE].decode(errors="ignore")
-    if len(read.encode()) < 2 * SIZE - 4:
-        raise SystemExit(f"{text}: has {len(read.encode()):,} bytes; {2 * SIZE:,} are needed")
+    read = text.read_bytes()[: LEARNT + HELD_OUT].decode(errors="ignore")
+    if len(read.encode()) < LEARNT + HELD_OUT - 4:
+        raise SystemExit(f"{text}: has {len(read.encode()):,} bytes; {LEARNT + HELD_OUT:,} are needed")
     number = 0
     for start in range(0, len(read), PIECE):
-        wanted = "train" if start < len(read) // 2 else "validation"
+        wanted = "train" if start < LEARNT else "validation"
         while split_of(f"{number:04}.txt") != wanted:
             number += 1
         (folder / f"{number:04}.txt").write_text(read[start : start + PIECE])
@@ -87,14 +88,14 @@ def config(arm: str, seed: int, text: Path) -> APTConfig:
         return load_profile(Path(file.name)).config
 
 
-def run(text: Path, out: Path, seeds: list[int]) -> None:
+def run(text: Path, out: Path, seeds: list[int], arms: list[str]) -> None:
     """Train what is not there yet; a line for each run."""
     torch.set_num_threads(1)
     pieces = out / "text"
     if not pieces.is_dir():
         cut(text, pieces)
     for seed in seeds:
-        for arm in ARMS:
+        for arm in arms:
             folder = out / f"{arm}-{seed}"
             if (folder / "result.json").exists():
                 continue
@@ -157,12 +158,13 @@ def main() -> None:
     train = commands.add_parser("run")
     train.add_argument("text", type=Path)
     train.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    train.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     show = commands.add_parser("table")
     for each in (train, show):
         each.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     if arguments.command == "run":
-        run(arguments.text, arguments.out, arguments.seeds)
+        run(arguments.text, arguments.out, arguments.seeds, arguments.arms)
     else:
         table(arguments.out)
 

@@ -1,12 +1,12 @@
 """The mixture of experts beside Hugging Face's Mixtral block and the dense layer of equal active arithmetic.
 
-``python benchmarks/moe.py [PYTHON [CASES]]`` prints forward + backward times as multiples of the dense SwiGLU layer
-(width k d_ff), one thread, interleaved, medians: 2048 and 256 tokens, 8 and 64 experts, float32 and bfloat16; and one token
-forward in evaluation, in microseconds. PYTHON is an interpreter with `transformers` (an environment of its own:
-``python -m venv peers; peers/bin/pip install transformers torch``); without it only our own rows are printed. ``kernels`` as the
-argument compares the products alone, on which the choice in `apt_moe.grouped` stands. CASES, such as
-``'[["float32", 256, 64]]'``, are those that are wanted. ``inert`` is a mixture that is not switched on yet, to be held
-against the dense layer of width d_ff.
+``python benchmarks/moe.py time [--peers PYTHON] [--dtype D ...] [--tokens N ...] [--experts E ...] [--kinds K ...]`` prints
+forward + backward times as multiples of the dense SwiGLU layer (width k d_ff), one thread, interleaved, medians: 2048 and 256
+tokens, 8 and 64 experts, float32 and bfloat16; and one token forward in evaluation. PYTHON is an interpreter with
+`transformers` (an environment of its own: ``python -m venv peers; peers/bin/pip install transformers torch``); without it only
+our own rows are printed. The options choose cases and rows, so that a quiet machine is needed for minutes only.
+``python benchmarks/moe.py kernels`` compares the products alone, on which the choice in `apt_moe.grouped` stands. ``apt inert``
+is a mixture that is not switched on yet, to be held against ``dense, width d_ff``.
 
 Each case runs in a process of its own that holds one layer, since the memory that others free would flatter it; rounds of
 all processes alternate. Ours includes the router's losses and load; theirs has none.
@@ -14,6 +14,8 @@ all processes alternate. Ours includes the router's losses and load; theirs has 
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -98,19 +100,19 @@ def serve() -> None:
         print(statistics.median(times), flush=True)
 
 
-def measure(peers: str | None, tokens: int, experts: int, dtype: str) -> dict[str, float]:
+def measure(peers: str | None, tokens: int, experts: int, dtype: str, only: list[str] | None) -> dict[str, float]:
     """Median seconds of each case, rounds interleaved."""
-    kinds = ["dense", "apt auto", "apt loop", "apt grouped_mm"]
-    if (tokens, dtype) == (2048, "float32"):
+    kinds = ["dense", "apt auto", "apt loop", "apt grouped_mm", "apt bmm"]
+    if tokens > 1:
         kinds += ["dense, width d_ff", "apt inert"]
-    if (tokens, experts, dtype) in ((2048, 8, "float32"), (256, 8, "float32")):
-        kinds += ["apt bmm", "apt naive"]
+    if experts == 8:
+        kinds.append("apt naive")
     if peers is not None:
         kinds += ["hf grouped_mm", "hf eager"]
-        if tokens == 1 or (tokens, experts) == (256, 8):
+        if tokens <= 256:  # it copies the matrices of every assignment: 6 GB at 2048 tokens
             kinds.append("hf batched_mm")
-    if dtype == "bfloat16" and tokens == 2048:
-        kinds = [kind for kind in kinds if kind in ("dense", "apt auto", "hf grouped_mm", "hf eager")]
+    if only is not None:
+        kinds = [kind for kind in kinds if kind == "dense" or kind in only]
     processes = {}
     for kind in kinds:
         python = peers if kind.startswith("hf") and peers is not None else sys.executable
@@ -171,21 +173,24 @@ def _median(run) -> float:  # type: ignore[no-untyped-def]
 
 
 def main() -> None:
-    words = sys.argv[1:]
-    if words == ["kernels"]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    timing = commands.add_parser("time")
+    timing.add_argument("--peers", metavar="PYTHON")
+    timing.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=("float32", "bfloat16"))
+    timing.add_argument("--tokens", nargs="+", type=int, default=(2048, 256, 1))
+    timing.add_argument("--experts", nargs="+", type=int, default=(8, 64))
+    timing.add_argument("--kinds", nargs="+", metavar="K", help="such as 'apt auto' and 'hf grouped_mm'; none: all")
+    commands.add_parser("kernels")
+    arguments = parser.parse_args()
+    if arguments.command == "kernels":
         kernels()
         return
-    peers = words[0] if words else None
-    only = json.loads(words[1]) if len(words) > 1 else None
-    for dtype in ("float32", "bfloat16"):
-        for tokens in (2048, 256, 1):
-            for experts in (8, 64):
-                if only is not None and [dtype, tokens, experts] not in only:
-                    continue
-                seen = measure(peers, tokens, experts, dtype)
-                print(f"{dtype}, {tokens} tokens, {experts} experts: dense {1e3 * seen['dense']:.2f} ms")
-                for kind, seconds in seen.items():
-                    print(f"    {kind:15} {seconds / seen['dense']:7.2f}   {1e6 * seconds:10.0f} us", flush=True)
+    for dtype, tokens, experts in itertools.product(arguments.dtype, arguments.tokens, arguments.experts):
+        seen = measure(arguments.peers, tokens, experts, dtype, arguments.kinds)
+        print(f"{dtype}, {tokens} tokens, {experts} experts: dense {1e3 * seen['dense']:.2f} ms")
+        for kind, seconds in seen.items():
+            print(f"    {kind:17} {seconds / seen['dense']:7.2f}   {1e6 * seconds:10.0f} us", flush=True)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,18 @@ def profile(tiny: APTConfig, tmp_path: Path) -> Path:
 
 
 DDP, FSDP = ["--set", "hardware.parallel=ddp"], ["--set", "hardware.parallel=fsdp"]
+EXPERTS = ["--set", "hardware.expert_parallel=2"]
 both = pytest.mark.parametrize("parallel", [pytest.param(DDP, marks=thorough), FSDP], ids=["ddp", "fsdp"])
+every = pytest.mark.parametrize(
+    "parallel",
+    [
+        *(pytest.param(DDP, id="ddp", marks=thorough), pytest.param(FSDP, id="fsdp")),
+        *(
+            pytest.param(DDP + EXPERTS, id="ddp+experts"),
+            pytest.param(FSDP + EXPERTS, id="fsdp+experts", marks=thorough),
+        ),
+    ],
+)
 
 
 def command(ranks: int, profile: Path, out: Path, *words: str) -> list[str]:
@@ -56,7 +67,7 @@ def curve(out: Path) -> list[tuple[int, float]]:
     return [(int(each["step"]), float(each["loss"])) for each in read_metrics(out) if each["event"] == "train"]  # type: ignore[call-overload,arg-type]
 
 
-@both
+@every
 def test_two_ranks_train_what_one_does_over_both_switches(profile: Path, tmp_path: Path, parallel: list[str]) -> None:
     train(1, profile, tmp_path / "one")
     said = train(2, profile, tmp_path / "two", *parallel)
@@ -85,8 +96,12 @@ def test_two_ranks_train_what_one_does_over_both_switches(profile: Path, tmp_pat
         pytest.param((2, FSDP), (2, DDP), marks=thorough),
         pytest.param((2, DDP), (2, DDP), marks=thorough),
         pytest.param((2, DDP), (3, FSDP), marks=thorough),
+        pytest.param((2, DDP + EXPERTS), (1, []), marks=thorough),
+        pytest.param((1, []), (2, FSDP + EXPERTS), marks=thorough),
+        pytest.param((2, FSDP + EXPERTS), (2, DDP), marks=thorough),
+        pytest.param((2, DDP + EXPERTS), (2, DDP + EXPERTS), marks=thorough),
     ],
-    ids=lambda each: f"{each[0]}{''.join(each[1])[-5:]}",
+    ids=lambda each: f"{each[0]}{''.join(each[1]).replace('--set', '').replace('hardware.', ' ')}",
 )
 def test_a_run_goes_on_with_other_ranks(
     profile: Path, tmp_path: Path, first: tuple[int, list[str]], then: tuple[int, list[str]]
@@ -101,6 +116,15 @@ def test_a_run_goes_on_with_other_ranks(
             assert torch.equal(rest[name], tensor)
         else:
             torch.testing.assert_close(rest[name], tensor, atol=1e-4, rtol=1e-3)
+
+
+@thorough
+def test_four_ranks_of_which_two_share_the_experts_train_what_one_does(profile: Path, tmp_path: Path) -> None:
+    words = ["--set", "training.max_steps=20", "--set", "schedules.enable_align_at_epoch=null"]
+    train(1, profile, tmp_path / "one", *words)
+    train(4, profile, tmp_path / "four", *words, *DDP, *EXPERTS)
+    pairs = zip(curve(tmp_path / "one"), curve(tmp_path / "four"), strict=True)
+    assert max(abs(a - b) for (_, a), (_, b) in pairs) < 1e-5
 
 
 @thorough
@@ -187,6 +211,11 @@ def test_a_start_that_does_not_go_with_the_profile_is_refused(profile: Path, tmp
         (
             [*FSDP, "--set", "model.align.state=ema", "--set", "model.align.beta=0"],
             "ema, but under fsdp no rank has all",
+        ),
+        (["--set", "hardware.expert_parallel=3"], "hardware.expert_parallel: 3 does not divide the 2 processes"),
+        (
+            [*EXPERTS, "--set", "model.ffn.experts=5"],
+            "5 experts cannot be shared out evenly among 2 ranks",
         ),
         (["--set", "training.batch_size=3"], "training.batch_size: 3 is not a multiple of the 2 processes"),
     ):

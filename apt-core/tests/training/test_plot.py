@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from apt.errors import UserError
-from apt.training.plot import _draw, _names, _read, _smooth, plot_run, plot_runs
+from apt.training.plot import _chosen, _draw, _names, _read, _smooth, plot_run, plot_runs
 
 
 def make_run(folder: Path, *, loads: int = 4, steps: int = 200, switch: int = 80) -> Path:
@@ -66,6 +66,23 @@ def test_several_runs_are_told_apart_in_one_picture(tmp_path: Path) -> None:
     ends = [text for words, text in texts.items() if "nats a token\n" in words]
     first, second = (text.get_window_extent() for text in ends)  # type: ignore[attr-defined]
     assert first.y1 <= second.y0 or second.y1 <= first.y0
+
+
+def test_of_many_blocks_the_mean_and_a_few_from_first_to_last_are_drawn(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for event in lines:
+        if "moe_load" in event:
+            event |= {f"moe_load.{block}": event["moe_load"] for block in range(1, 24)}
+            event["other.list"] = [1.0, 2.0]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in lines))
+    one, two = (_read(run, name, "#0072B2") for name in ("one", "two"))
+    drawn = {"moe_load", "moe_load.1", "moe_load.8", "moe_load.16", "moe_load.23", "other.list"}
+    assert {name for name in texts_of(_draw([one])) if name.startswith(("moe_load", "other"))} == drawn
+    compared = {name for name in texts_of(_draw([one, two])) if name.startswith(("moe_load", "other"))}
+    assert compared == {f"{name}\n{run}" for name in ("moe_load", "other.list") for run in ("one", "two")}
+    assert _chosen(["load", "load.0"], alone=True) == ["load"]
+    assert _chosen(["load", "load.0", "load.1"], alone=True) == ["load", "load.0", "load.1"]
 
 
 def test_the_file_goes_where_it_is_asked_or_to_its_own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from apt.core.providers import RouterProvider
 from apt.layers import Part, as_part
 from apt_moe import dispatch, functional
 from apt_moe.experts import Backend, Experts, choose_backend
-from apt_moe.parallel import run_sharded
+from apt_moe.parallel import run_sharded, shard_experts
 from apt_moe.upcycling import Upcycling
 
 
@@ -118,6 +118,10 @@ class MixtureOfExperts(nn.Module):
         if torch.compiler.is_compiling() or self.capacity_factor.device.type != "cpu":
             return True
         return math.isfinite(self.capacity_factor.item())
+
+    def share_out(self, mesh: DeviceMesh) -> list[nn.Parameter]:
+        """Keep this rank's share of the experts; see `apt.layers.Shareable`."""
+        return shard_experts(self, mesh)
 
     def idle(self) -> list[nn.Module]:
         """The dense layer once the experts are on, and the experts and their router until then."""

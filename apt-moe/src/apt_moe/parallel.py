@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from apt.errors import UserError
 
@@ -24,22 +24,30 @@ if TYPE_CHECKING:
     from apt_moe.layer import MixtureOfExperts
 
 
-def shard_experts(layer: MixtureOfExperts, mesh: DeviceMesh) -> None:
-    """Give each rank of the one-dimensional `mesh` its equal part of the experts of `layer`, in place.
+def shard_experts(layer: MixtureOfExperts, mesh: DeviceMesh) -> list[nn.Parameter]:
+    """Give each rank along the last dimension of `mesh` its equal part of the experts of `layer`, in place.
 
-    Every rank must hold the same weights before. Call it before the optimizer is made: the parameters are new ones.
-    Raises `UserError` where the ranks do not divide the experts.
+    Along the other dimensions ranks hold equal parts. Every rank must hold the same weights before. Call it before the
+    optimizer is made: the parameters are new ones, which are returned. Raises `UserError` where the ranks do not divide the
+    experts.
     """
-    experts = layer.experts
-    if mesh.ndim != 1 or experts.num_experts % mesh.size():
-        raise UserError(
-            f"{experts.num_experts} experts cannot be shared out evenly among the ranks of a mesh of shape {tuple(mesh.shape)}"
-        )
+    experts, ranks = layer.experts, mesh.size(mesh.ndim - 1)
+    if experts.num_experts % ranks:
+        raise UserError(f"{experts.num_experts} experts cannot be shared out evenly among {ranks} ranks")
+    placements = [Replicate() for _ in range(mesh.ndim - 1)] + [Shard(0)]
+    made = []
     for name, stack in list(experts.layer.named_parameters()):
         owner, _, attribute = name.rpartition(".")
-        sharded = distribute_tensor(stack.detach(), mesh, [Shard(0)])
-        setattr(experts.layer.get_submodule(owner), attribute, nn.Parameter(sharded))
-    layer.mesh = mesh
+        # Without communication: every rank has all of it.
+        parameter = nn.Parameter(distribute_tensor(stack.detach(), mesh, placements, src_data_rank=None))
+        setattr(experts.layer.get_submodule(owner), attribute, parameter)
+        made.append(parameter)
+    if mesh.ndim == 1:
+        layer.mesh = mesh
+    else:
+        assert mesh.mesh_dim_names is not None
+        layer.mesh = mesh[mesh.mesh_dim_names[-1]]
+    return made
 
 
 def run_sharded(experts: Experts, rows: Tensor, plan: Plan, mesh: DeviceMesh, backend: Backend) -> Tensor:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from apt.cli.running import add_precision, add_run, add_sampling, load, prepare_run
+from apt.cli.running import add_precision, add_run, add_sampling, add_weights, load_weights, prepare_run
 from apt.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     exporting = commands.add_parser("export", help="write a run in the form of another program")
     exporting.add_argument("format", choices=("hf",), help="hf: a folder that transformers' LlamaForCausalLM loads")
     add_run(exporting)
+    add_weights(exporting)
     exporting.add_argument("out", type=Path, metavar="DIR", help="the folder to write, which must be new")
     exporting.set_defaults(run=_export)
 
@@ -46,6 +47,7 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     add_sampling(chat, max_new_tokens=512)
     add_precision(chat)
+    add_weights(chat)
     chat.set_defaults(run=_chat)
 
 
@@ -61,7 +63,7 @@ def _import(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    run = load(arguments)
+    run = load_weights(arguments)
     from apt.pretrained.exporting import export_hf
 
     for note in export_hf(run, arguments.out):
@@ -74,7 +76,7 @@ HELP = "/clear forgets the conversation, /exit ends it (so does Ctrl-D); Ctrl-C 
 
 
 def _chat(arguments: argparse.Namespace) -> int:
-    run = load(arguments)
+    run = load_weights(arguments)
     from apt.inference.chat import Chat
     from apt.inference.sampling import Sampling
 

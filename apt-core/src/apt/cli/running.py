@@ -72,7 +72,7 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     add_sampling(generate, max_new_tokens=200)
     add_precision(generate)
-    _add_weights(generate)
+    add_weights(generate)
     generate.add_argument(
         "--rag", type=Path, metavar="FOLDER", help="put passages from these texts before the prompt (needs apt-rag)"
     )
@@ -88,7 +88,7 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     add_run(evaluate)
     evaluate.add_argument("--split", choices=("validation", "test"), default="validation", help="default: validation")
     add_precision(evaluate)
-    _add_weights(evaluate)
+    add_weights(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
     plot = commands.add_parser(
@@ -134,7 +134,8 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_weights(parser: argparse.ArgumentParser) -> None:
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Which of the weights that a checkpoint holds are used."""
     parser.add_argument(
         "--weights",
         default="trained",
@@ -257,7 +258,7 @@ def load(arguments: argparse.Namespace) -> LoadedRun:
     return load_run(arguments.folder, allow_local_code=arguments.allow_local_code, strict_lock=arguments.strict_lock)
 
 
-def _load_weights(arguments: argparse.Namespace) -> LoadedRun:
+def load_weights(arguments: argparse.Namespace) -> LoadedRun:
     """The run that the options name, with the weights that they name."""
     run = load(arguments)
     from apt.training.weights import use_weights
@@ -276,7 +277,7 @@ def prepare_run(run: LoadedRun, arguments: argparse.Namespace) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    run = _load_weights(arguments)
+    run = load_weights(arguments)
     from apt.inference.generate import generate, generate_batch
 
     prepare_run(run, arguments)
@@ -327,7 +328,7 @@ def _hooks(run: LoadedRun, rag: Path | None) -> HookRunner:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    run = _load_weights(arguments)
+    run = load_weights(arguments)
     from rich.console import Console
 
     from apt.data.corpus import require

@@ -146,6 +146,11 @@ class Hardware(Section):
         description="how the processes that torchrun starts share the work: each a part of every batch, and with fsdp a part of "
         "every parameter too",
     )
+    expert_parallel: int = Field(
+        default=1,
+        ge=1,
+        description="ranks among which the experts of each mixture are shared out; it divides the number of processes",
+    )
 
 
 class Debug(Section):

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Part(NamedTuple):
@@ -88,6 +91,18 @@ class Switchable(Protocol):
 
     def idle(self) -> Iterable[nn.Module]:
         """Its modules that take no part in the forward pass as things stand; the proof of use leaves them out."""
+
+
+class Shareable(Protocol):
+    """A part that many ranks can hold together, such as experts: ``hardware.expert_parallel`` asks it to."""
+
+    def share_out(self, mesh: DeviceMesh) -> list[nn.Parameter]:
+        """Keep this rank's share of some parameters, as `DTensor`s over `mesh`, and return the new ones.
+
+        The mesh has the dimensions ``replicas`` and ``experts``: equal shares along the first, different ones along the
+        second. All ranks hold equal weights before. A share's gradient is to be the sum over the losses of the ranks along
+        ``experts``; the trainer adds the replicas' up. Raises `UserError` where it cannot be shared out so.
+        """
 
 
 def as_part(result: Tensor | Part) -> Part:

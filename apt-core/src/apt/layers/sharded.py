@@ -1,13 +1,24 @@
 """Parameters that may be split over ranks: how a plugin reads and writes them.
 
-Under ``hardware.parallel: fsdp`` every parameter, gradient and moment is a `DTensor` of which this process holds some rows.
-What goes by `whole` and `fill` works in one process, under ddp and under fsdp alike; all ranks call them together.
+Under ``hardware.parallel: fsdp`` every parameter, gradient and moment is a `DTensor` of which this process holds some rows;
+under ``hardware.expert_parallel`` those of the experts are. What goes by `whole` and `fill` works in one process and under all
+of these alike; all ranks call them together.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def mesh_of(tensor: Tensor) -> DeviceMesh | None:
+    """The ranks that a tensor is split over; None where this process holds all of it. Arithmetic does not mix meshes."""
+    return tensor.device_mesh if is_sharded(tensor) else None  # type: ignore[attr-defined]
 
 
 def is_sharded(tensor: Tensor) -> bool:

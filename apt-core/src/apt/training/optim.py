@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from apt.core.config import APTConfig
+from apt.layers.sharded import mesh_of
 
 
 def make_optimizer(model: nn.Module, config: APTConfig) -> Optimizer:
@@ -85,9 +86,12 @@ class MuonWithAdamW(Optimizer):
 
 def _adamw(parameters: Sequence[Tensor], config: APTConfig) -> AdamW:
     """Loshchilov and Hutter 2019, arXiv:1711.05101."""
+    alike: dict[tuple[object, bool], list[Tensor]] = {}
+    for each in parameters:
+        alike.setdefault((mesh_of(each), each.dim() >= 2), []).append(each)
     groups = [
-        {"params": [each for each in parameters if each.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [each for each in parameters if each.dim() < 2], "weight_decay": 0.0},
+        {"params": each, "weight_decay": config.weight_decay if is_matrix else 0.0}
+        for (_, is_matrix), each in alike.items()
     ]
     return AdamW(groups, lr=config.base_lr, betas=config.training.betas, fused=True)
 

@@ -7,7 +7,7 @@ tell apart, and cividis (Nunez, Anderton and Renslow 2018, arXiv:1712.01662).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +26,8 @@ LABEL = 28
 """Characters of a run's name that the picture has room for."""
 _SMOOTHED = 100
 """Points of the training loss from which on a mean is drawn over them."""
+TABLES = 4
+"""Heat maps of single blocks that a picture has of one metric at most, evenly spread; the mean over all blocks is drawn too."""
 _OF_EVERY_EVALUATION = frozenset({"event", "step", "epoch", "split", "loss", "bits_per_byte", "values", "plugins_on"})
 
 Points = list[tuple[float, float]]
@@ -118,7 +120,7 @@ def _draw(courses: Sequence[Course]) -> Figure:
 
     values = sorted({name for course in courses for name in course.values})
     measured = sorted({name for course in courses for name in course.measured})
-    tables = [(course, name) for course in courses for name in sorted(course.tables)]
+    tables = [(course, name) for course in courses for name in _chosen(course.tables, alone=len(courses) == 1)]
     switches = [(step, plugin, course) for course in courses for step, plugin in course.switches]
     rows = [0.2 * max(1, len(switches)), 3.2, *[0.75] * (1 + len(values) + len(measured))]
     rows += [min(2.2, 0.5 + 0.12 * len(course.tables[name][-1][1])) for course, name in tables]
@@ -151,6 +153,26 @@ def _draw(courses: Sequence[Course]) -> Figure:
     title = courses[0].name if len(courses) == 1 else "held-out loss (points) and training loss of several runs"
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=_INK)
     return figure
+
+
+def _chosen(tables: Collection[str], *, alone: bool) -> list[str]:
+    """The vectors that are drawn: the means over blocks and, of a run that is `alone`, some of the single blocks'."""
+    blocks: dict[str, list[tuple[int, str]]] = {}
+    chosen = []
+    for name in tables:
+        metric, _, block = name.rpartition(".")
+        if block.isdecimal() and metric in tables:
+            blocks.setdefault(metric, []).append((int(block), name))
+        else:
+            chosen.append(name)
+    result = []
+    for metric in sorted(chosen):
+        single = [name for _, name in sorted(blocks.get(metric, []))]
+        few = min(len(single), TABLES)
+        # One block is its own mean.
+        spread = [single[round(index * (len(single) - 1) / (few - 1))] for index in range(few)] if few > 1 else []
+        result += [metric, *(spread if alone else [])]
+    return result
 
 
 def _draw_losses(axes: Axes, courses: Sequence[Course]) -> None:

@@ -49,7 +49,7 @@ from apt.training.guard import explain_memory
 from apt.training.loggers import Loggers
 from apt.training.loss import LossStep
 from apt.training.optim import MuonWithAdamW
-from apt.training.parallel import Parallel
+from apt.training.parallel import Parallel, is_split
 from apt.training.peak import Utilisation
 from apt.training.phases import Certificate, Phases
 from apt.training.plot import plot_run
@@ -187,7 +187,7 @@ class Trainer:
         self.utilisation = Utilisation(config, self.resolved, self.device, ranks.size)
         self.state = RunState(0, 0, parts.max_steps, parts.max_epochs)
         # Where each rank has all of the model, one of them saves it.
-        self.sharded = ranks.size > 1 and config.hardware.parallel == "fsdp"
+        self.sharded = is_split(config, ranks)
         self.saver = Saver(
             self.out,
             keep_last=config.training.keep_last,

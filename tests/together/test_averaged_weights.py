@@ -1,0 +1,68 @@
+"""Averaged weights are used by every command that runs a trained model."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from apt.cli import main
+from apt.training.checkpoint import load_run
+from apt.training.weights import list_weights, use_weights
+
+PROFILE = """\
+name: averaged
+plugins: [align]
+model:
+  {{d_model: 16, num_heads: 2, num_layers: 1, d_ff: 24, max_seq_len: 32, dropout: 0.0, attention_dropout: 0.0, norm: rmsnorm,
+   ffn: swiglu, attention: sdpa, align: {{provider: mean_teacher, decay: 0.99, weight: 0.0}}}}
+training: {{max_steps: 30, batch_size: 2, warmup_steps: 0, learning_rate: 1.0e-1}}
+data: {{source: files, path: "{text}"}}
+evaluation: {{max_batches: 1, sample_tokens: 0}}
+monitoring: {{plot: false}}
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    folder = tmp_path_factory.mktemp("averaged")
+    (folder / "profile.yaml").write_text(PROFILE.format(text=text))
+    assert main(["train", "-p", str(folder / "profile.yaml"), "--out", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+def test_export_writes_the_weights_that_are_asked_for(run: Path, tmp_path: Path) -> None:
+    loaded = load_run(run)
+    assert list_weights(loaded.folder) == ["trained", "ema"]
+    trained = loaded.model.embedding.weight.detach().clone()
+    use_weights(loaded.folder, loaded.model, "ema")
+    averaged = loaded.model.embedding.weight.detach()
+    assert not torch.equal(trained, averaged)
+    for name, expected in (("trained", trained), ("ema", averaged)):
+        assert main(["export", "hf", str(run), str(tmp_path / name), "--weights", name]) == 0
+        written = load_file(tmp_path / name / "model.safetensors")
+        assert torch.equal(written["model.embed_tokens.weight"], expected)
+    assert main(["export", "hf", str(run), str(tmp_path / "other"), "--weights", "other"]) == 2
+    assert not (tmp_path / "other").exists()
+
+
+def test_chat_and_generate_speak_with_them(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ messages[-1]['content'] }}")
+    generated, replied = {}, {}
+    for name in ("trained", "ema"):
+        options = [str(run), "--weights", name, "--max-new-tokens", "24", "--temperature", "1"]
+        assert main(["generate", *options, "--prompt", "def f1"]) == 0
+        generated[name] = capsys.readouterr().out
+        monkeypatch.setattr("sys.stdin", io.StringIO("def f1\n"))
+        assert main(["chat", *options, "--template", str(template)]) == 0
+        replied[name] = capsys.readouterr().out
+    assert generated["trained"] != generated["ema"]
+    assert replied["trained"] != replied["ema"]
+    assert main(["chat", str(run), "--template", str(template), "--weights", "emma"]) == 2
+    assert "holds no weights 'emma'; it has: trained, ema" in capsys.readouterr().err
