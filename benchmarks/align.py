@@ -33,14 +33,14 @@ from apt.training.record import read_metrics
 from apt.training.trainer import Trainer
 from apt.training.weights import list_weights, use_weights
 
-STEPS, EVALUATIONS, BATCH, CONTEXT = 500, 10, 8, 64
-LEARNT, HELD_OUT, PIECE = 8_000, 16_000, 1_000
+STEPS, EVALUATIONS, BATCH, CONTEXT = 400, 8, 8, 64
+LEARNT, HELD_OUT, PIECE = 5_000, 15_000, 500
 """Bytes that are trained on, bytes behind them that are held out, and bytes of a document."""
 PROFILE = """
 name: align
 plugins: [align]
 model:
-  {{d_model: 96, num_heads: 4, num_layers: 3, d_ff: 384, max_seq_len: {context}, dropout: 0.1, attention_dropout: 0.0,
+  {{d_model: 64, num_heads: 2, num_layers: 2, d_ff: 256, max_seq_len: {context}, dropout: 0.1, attention_dropout: 0.0,
     attention: sdpa, ffn: default, align: {align}}}
 training:
   {{max_steps: {steps}, batch_size: {batch}, learning_rate: 3.0e-3, warmup_steps: 50, weight_decay: 0.1, gradient_clip: 1.0,

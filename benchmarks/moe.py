@@ -23,7 +23,6 @@ import sys
 import time
 
 D_MODEL, D_FF, TOP_K = 256, 512, 2
-ROUNDS = 5
 
 
 def make(kind: str, experts: int, dtype: str):  # type: ignore[no-untyped-def]
@@ -100,7 +99,9 @@ def serve() -> None:
         print(statistics.median(times), flush=True)
 
 
-def measure(peers: str | None, tokens: int, experts: int, dtype: str, only: list[str] | None) -> dict[str, float]:
+def measure(
+    peers: str | None, tokens: int, experts: int, dtype: str, only: list[str] | None, rounds: int
+) -> dict[str, float]:
     """Median seconds of each case, rounds interleaved."""
     kinds = ["dense", "apt auto", "apt loop", "apt grouped_mm", "apt bmm"]
     if tokens > 1:
@@ -121,7 +122,7 @@ def measure(peers: str | None, tokens: int, experts: int, dtype: str, only: list
             [python, __file__, "serve", case], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
     seen: dict[str, list[float]] = {kind: [] for kind in kinds}
-    for turn in range(ROUNDS + 1):
+    for turn in range(rounds + 1):
         for kind, process in processes.items():
             assert process.stdin is not None
             assert process.stdout is not None
@@ -181,13 +182,14 @@ def main() -> None:
     timing.add_argument("--tokens", nargs="+", type=int, default=(2048, 256, 1))
     timing.add_argument("--experts", nargs="+", type=int, default=(8, 64))
     timing.add_argument("--kinds", nargs="+", metavar="K", help="such as 'apt auto' and 'hf grouped_mm'; none: all")
+    timing.add_argument("--rounds", type=int, default=5)
     commands.add_parser("kernels")
     arguments = parser.parse_args()
     if arguments.command == "kernels":
         kernels()
         return
     for dtype, tokens, experts in itertools.product(arguments.dtype, arguments.tokens, arguments.experts):
-        seen = measure(arguments.peers, tokens, experts, dtype, arguments.kinds)
+        seen = measure(arguments.peers, tokens, experts, dtype, arguments.kinds, arguments.rounds)
         print(f"{dtype}, {tokens} tokens, {experts} experts: dense {1e3 * seen['dense']:.2f} ms")
         for kind, seconds in seen.items():
             print(f"    {kind:17} {seconds / seen['dense']:7.2f}   {1e6 * seconds:10.0f} us", flush=True)

@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from apt.core.providers import AttentionProvider, FFNProvider, RouterProvider
+from apt.core.providers import AlignProvider, AttentionProvider, FFNProvider, RouterProvider
 from apt.core.registry import Registry
 from apt.layers import Part
 from apt.layers.rope import rotate
@@ -212,6 +212,7 @@ class Scores(nn.Module):
     def __init__(self, d_model: int, experts: int) -> None:
         super().__init__()
         self.gate = nn.Linear(d_model, experts, bias=False)
+        self.offset = torch.randn(experts)  # neither a parameter nor a buffer
 
 
 class FaultyRouter(RouterProvider):
@@ -226,7 +227,11 @@ class FaultyRouter(RouterProvider):
         fault = self.fault
         with torch.autocast("cpu", enabled=False):
             logits = router.gate(inputs.float())
+        if fault == "hidden state":
+            logits = logits + router.offset
         probabilities = (logits / (1 if fault != "mean over the batch" else logits.std(0))).softmax(-1)
+        if fault == "exp of raw scores":
+            probabilities = logits.exp() / logits.exp().sum(-1, keepdim=True)
         weights, indices = probabilities.topk(self.top_k, -1)
         if fault == "one expert twice":
             indices = indices[..., :1].expand_as(indices)
@@ -248,7 +253,8 @@ class FaultyRouter(RouterProvider):
         share = expert_mask.mean(0) / expert_mask.sum(-1).mean()
         if self.fault == "load-balance loss without the load":
             share = torch.full_like(share, 1 / experts)
-        return experts * (share * router_logits.softmax(-1).mean(0)).sum()
+        sign = -1 if self.fault == "load-balance loss of the wrong sign" else 1
+        return sign * experts * (share * router_logits.softmax(-1).mean(0)).sum()
 
     def get_parameter_count(self, d_model, num_experts):
         return d_model * num_experts
@@ -266,14 +272,104 @@ def test_a_router_without_a_fault_passes() -> None:
         ("detached router", {}, "learns"),
         ("renormalised top-1", {"top_k": 1}, "learns"),
         ("mean over the batch", {}, "calm_in_evaluation"),
-        ("padding counts", {}, "losses"),
         ("load-balance loss without the load", {}, "balance"),
+        ("load-balance loss of the wrong sign", {}, "balance"),
+        ("padding counts", {}, "losses"),
+        ("exp of raw scores", {}, "finite"),
+        ("hidden state", {}, "state_dict"),
     ],
 )
 def test_a_fault_of_a_router_is_found_by_the_check_that_is_made_for_it(
     fault: str, options: dict[str, object], check: str
 ) -> None:
     assert check in failures("router", FaultyRouter, fault=fault, **options)
+
+
+class Pull(nn.Module):
+    def __init__(self, d_model: int, alpha: float, beta: float, fault: str) -> None:
+        super().__init__()
+        self.alpha, self.beta, self.fault = alpha, beta, fault
+        self.map = nn.Linear(d_model, d_model, bias=False)
+        self.hidden = torch.rand(()) + 0.5  # neither a parameter nor a buffer
+
+
+class FaultyAligner(AlignProvider):
+    """Draws a mapped state towards a stable one, with one fault."""
+
+    fault: str = Field(default="", description="what is wrong with it")
+
+    def create_aligner(self, d_model, alpha=0.35, beta=0.20):
+        return Pull(d_model, alpha, beta, self.fault)
+
+    def compute_alignment(self, aligner, state_1, state_2, mask=None):
+        fault, mapped = self.fault, aligner.map(state_2)
+        teacher = state_1 if fault == "the teacher moves" else state_1.detach()
+        if fault == "everything is detached":
+            mapped = mapped.detach()
+        if fault == "the aligner's map is not used":
+            mapped = state_2
+        if fault == "padding counts in the loss":
+            mask = None
+        loss = aligner.alpha * self.compute_consistency_loss(teacher, mapped, "l2", mask)
+        if fault == "pushes apart":
+            loss = -loss
+        if fault == "log of the loss":
+            loss = loss - loss.detach() + (loss.detach() - aligner.alpha * 1.9).clamp(min=0).log()
+        if fault == "hidden state":
+            loss = loss * aligner.hidden
+        if fault == "a loss without weight":
+            loss = loss + 0.1
+        moved = 0.1 * (aligner.alpha * aligner.beta) * (state_2 - state_1)
+        if fault == "moves equal states":
+            moved = moved + 0.1 * aligner.alpha * state_1
+        return state_1 + moved, loss
+
+    def compute_consistency_loss(self, state_1, state_2, metric="cosine", mask=None):
+        one, two = state_1.float(), state_2.float()
+        if metric == "kl":
+            one, two = one.log_softmax(-1), two.log_softmax(-1)
+            distances = (one.exp() * (one - two)).sum(-1)
+        else:
+            one, two = (each / (each.norm(dim=-1, keepdim=True) + 1e-6) for each in (one, two))
+            if self.fault == "norm without a floor":
+                one, two = state_1 / state_1.norm(dim=-1, keepdim=True), state_2 / state_2.norm(dim=-1, keepdim=True)
+            distances = (one - two).square().sum(-1) / (2 if metric == "cosine" else 1)
+        if self.fault == "similarity in place of distance":
+            distances = 1 - distances
+        if self.fault == "a sum over tokens":
+            return distances.sum() if mask is None else (distances * mask).sum()
+        return distances.mean() if mask is None else (distances * mask).sum() / mask.sum()
+
+    def get_parameter_count(self, d_model):
+        return d_model**2
+
+    def supports_asymmetric_alignment(self):
+        return True
+
+
+def test_an_aligner_without_a_fault_passes() -> None:
+    assert failures("align", FaultyAligner) == set()
+
+
+@pytest.mark.parametrize(
+    ("fault", "check"),
+    [
+        ("everything is detached", "learns"),
+        ("the aligner's map is not used", "learns"),
+        ("pushes apart", "learns"),
+        ("the teacher moves", "the_teacher_stands_still"),
+        ("hidden state", "state_dict"),
+        ("log of the loss", "finite"),
+        ("norm without a floor", "finite"),
+        ("similarity in place of distance", "distances"),
+        ("a sum over tokens", "a_mean_over_tokens"),
+        ("padding counts in the loss", "a_mean_over_tokens"),
+        ("a loss without weight", "neutral_without_weight"),
+        ("moves equal states", "neutral_for_equal_states"),
+    ],
+)
+def test_a_fault_of_an_aligner_is_found_by_the_check_that_is_made_for_it(fault: str, check: str) -> None:
+    assert check in failures("align", FaultyAligner, fault=fault)
 
 
 class Silent(FFNProvider):

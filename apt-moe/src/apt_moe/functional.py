@@ -40,7 +40,8 @@ def sequence_balance_loss(gates: Tensor, indices: Tensor, mask: Tensor | None = 
     counted = gates.new_ones(gates.shape[:2]) if mask is None else mask.to(gates.dtype)
     sent = torch.zeros_like(gates).scatter_(2, indices, 1.0) * counted.unsqueeze(-1)
     share = sent.sum(1) / sent.sum((1, 2)).clamp(min=1).unsqueeze(-1)
-    probability = gates / gates.sum(-1, keepdim=True) * counted.unsqueeze(-1)
+    total = gates.sum(-1, keepdim=True).clamp(min=torch.finfo(gates.dtype).tiny)
+    probability = gates / total * counted.unsqueeze(-1)
     mean_probability = probability.sum(1) / counted.sum(1).clamp(min=1).unsqueeze(-1)
     return (gates.shape[-1] * share.detach() * mean_probability).sum(-1).mean()
 

@@ -198,21 +198,25 @@ class SigmoidBias(RouterProvider):
         self, router: nn.Module, inputs: Tensor, train: bool = True, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """See `RouterProvider.route`. In training the load is counted for the next step of b."""
+        from torch.nn.functional import logsigmoid
+
         from apt_moe import functional
         from apt_moe.router import BiasRouter
 
         if not isinstance(router, BiasRouter):
             raise TypeError(f"{self.get_name()} routes with its own routers, not with {type(router).__name__}")
-        gates = router(inputs).sigmoid()
+        log_gates = logsigmoid(router(inputs))
+        gates = log_gates.exp()
         indices = (gates + router.bias).topk(router.top_k, dim=-1).indices
-        chosen = gates.gather(-1, indices)
+        # s / sum s as a softmax of log s: where all gates are as good as 0, their ratios are still numbers.
+        weights = log_gates.gather(-1, indices).softmax(-1)
         losses = {}
         if train:
             router.count(indices, mask)
             if self.sequence_balance:
                 loss = functional.sequence_balance_loss(gates, indices, mask)
                 losses["sequence_balance_loss"] = self.sequence_balance * loss
-        return indices, self.route_scale * chosen / chosen.sum(-1, keepdim=True), losses
+        return indices, self.route_scale * weights, losses
 
     def compute_load_balance_loss(self, router_logits: Tensor, expert_mask: Tensor) -> Tensor:
         """See `apt_moe.functional.load_balance_loss`; for reports, it is never added."""

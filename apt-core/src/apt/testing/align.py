@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from apt.core.providers import AlignProvider
 from apt.testing.kit import Subject, check, demand
-from apt.testing.measure import demand_close
+from apt.testing.measure import demand_close, demand_gradients
 
 D_MODEL = 24
 METRICS = ("cosine", "l2", "kl")
@@ -61,20 +61,55 @@ def a_mean_over_tokens(subject: Subject) -> None:
         padded = provider.compute_consistency_loss(one, two, metric, mask)  # type: ignore[arg-type]
         alone = provider.compute_consistency_loss(one[:, :7], two[:, :7], metric)  # type: ignore[arg-type]
         demand_close(padded, alone, f"{metric} with padding and without")
+    aligner = subject.build(D_MODEL)
+    loss = provider.compute_alignment(aligner, one, two, mask)[1]
+    demand_close(
+        loss, provider.compute_alignment(aligner, one[:, :7], two[:, :7])[1], "the loss with padding and without"
+    )
 
 
 @check("align")
 def finite(subject: Subject) -> None:
     """Zero states and large ones give finite losses and gradients."""
-    provider, _, one, two = _parts(subject)
+    provider, aligner, one, two = _parts(subject)
     for scale in (0.0, 1e4):
         a, b = (scale * one).requires_grad_(), (scale * two).requires_grad_()
-        for metric in METRICS:
-            loss = provider.compute_consistency_loss(a, b, metric)  # type: ignore[arg-type]
-            demand(loss.isfinite(), f"{metric} of states times {scale:g} is {loss.item()}")
-            gradients = torch.autograd.grad(loss, (a, b), allow_unused=True)
+        losses = {metric: provider.compute_consistency_loss(a, b, metric) for metric in METRICS}  # type: ignore[arg-type]
+        aligned, losses["its loss"] = provider.compute_alignment(aligner, a, b)
+        demand(aligned.isfinite().all(), f"what becomes of states times {scale:g} is not finite")
+        for name, loss in losses.items():
+            demand(loss.isfinite(), f"{name} of states times {scale:g} is {loss.item()}")
+            if not loss.requires_grad:
+                continue
+            gradients = torch.autograd.grad(loss, (a, b, *aligner.parameters()), allow_unused=True, retain_graph=True)
             good = all(each is None or bool(each.isfinite().all()) for each in gradients)
-            demand(good, f"the gradient of {metric} of states times {scale:g} is not finite")
+            demand(good, f"the gradient of {name} of states times {scale:g} is not finite")
+
+
+@check("align")
+def learns(subject: Subject) -> None:
+    """The loss of different states is above 0, and its gradient reaches a state and every parameter of the aligner."""
+    provider, aligner, one, two = _parts(subject)
+    one.requires_grad_()
+    two.requires_grad_()
+    _, loss = provider.compute_alignment(aligner.train(), one, two)
+    demand(loss.item() > 1e-3, f"the loss of two random states is {loss.item():.2e}; a distance is above 0")
+    demand(loss.requires_grad, "the loss is detached: it cannot draw anything together")
+    torch.autograd.backward(loss)
+    reached = [each for each in (one, two) if each.grad is not None and bool(each.grad.any())]
+    demand(reached, "neither state gets a gradient")
+    demand_gradients(aligner)
+
+
+@check("align")
+def state_dict(subject: Subject) -> None:
+    """A state dict carries everything from one aligner to another."""
+    provider, _, one, two = _parts(subject)
+    first, other = (subject.build(D_MODEL, seed=seed).eval() for seed in (0, 1))
+    other.load_state_dict(first.state_dict(), strict=True)
+    seen, again = (provider.compute_alignment(each, one, two) for each in (first, other))
+    same = torch.equal(seen[0], again[0]) and torch.equal(seen[1], again[1])
+    demand(same, "a loaded aligner computes something else: some state is no parameter and no buffer")
 
 
 @check("align")

@@ -120,6 +120,36 @@ def calm_in_evaluation(subject: Subject) -> None:
 
 
 @check("router")
+def finite(subject: Subject) -> None:
+    """Zero inputs and large ones give finite weights, losses and gradients."""
+    provider, router, x = _parts(subject)
+    for scale in (0.0, 1e4):
+        for train in (False, True):
+            torch.manual_seed(0)
+            inputs = (scale * x).requires_grad_()
+            _, weights, losses = _route(provider, router.train(train), inputs, train)
+            demand(weights.isfinite().all(), f"weights of inputs times {scale:g} are not finite")
+            for name, loss in losses.items():
+                demand(loss.isfinite(), f"the loss {name} of inputs times {scale:g} is {loss.item()}")
+            total = weights.sum() + sum(losses.values())
+            if total.requires_grad:
+                gradients = torch.autograd.grad(total, (inputs, *router.parameters()), allow_unused=True)
+                good = all(each is None or bool(each.isfinite().all()) for each in gradients)
+                demand(good, f"a gradient of inputs times {scale:g} is not finite")
+
+
+@check("router")
+def state_dict(subject: Subject) -> None:
+    """A state dict carries everything from one router to another."""
+    provider, _, x = _parts(subject)
+    one, other = (subject.build(D_MODEL, EXPERTS, min(provider.top_k, EXPERTS), seed=seed).eval() for seed in (0, 1))
+    other.load_state_dict(one.state_dict(), strict=True)
+    seen, again = (_route(provider, each, x, False) for each in (one, other))
+    same = torch.equal(seen[0], again[0]) and torch.equal(seen[1], again[1])
+    demand(same, "a loaded router chooses otherwise: some state is no parameter and no buffer")
+
+
+@check("router")
 def float32(subject: Subject) -> None:
     """Weights are float32, under autocast too: in bfloat16 near ties go astray."""
     provider, router, x = _parts(subject)
