@@ -7,26 +7,46 @@ provider (exit 1). Faults of one file are collected and reported together.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+MAX_WORD, MAX_TEXT = 400, 2_000
+_LONG_WORD = re.compile(rf"\S{{{MAX_WORD + 1},}}")
+
+
+def shortened(text: str, limit: int) -> str:
+    """The text, without its middle where it is longer than `limit`."""
+    left_out = len(text) - limit
+    return text if left_out <= 0 else f"{text[: limit // 2]}...({left_out:,} characters)...{text[-limit // 2 :]}"
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong: `where` it stands, `what` is wrong with it, and `hint`, what would be right."""
+    """One thing that is wrong: `where` it stands, `what` is wrong with it, and `hint`, what would be right.
+
+    What is given may be of any length; what is said of it is not.
+    """
 
     where: str
     what: str
     hint: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("where", "what", "hint"):
+            object.__setattr__(self, name, shortened(getattr(self, name), MAX_TEXT))
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}" + (f"; {self.hint}" if self.hint else "")
 
 
 class AptError(Exception):
-    """Base of all errors raised on purpose."""
+    """Base of all errors raised on purpose; words that nobody can read are shortened."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_LONG_WORD.sub(lambda found: shortened(found[0], MAX_WORD), message))
 
 
 class UserError(AptError):
@@ -119,7 +139,13 @@ class ProviderFallbackWarning(UserWarning):
     """Another provider than the one that was asked for is used; the text says which, and why."""
 
 
+class LockWarning(UserWarning):
+    """A checkpoint was made by other providers, versions, sources or options than those here; the text says which."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``did you mean 'x'?`` for the nearest known name, or nothing."""
+    if len(name) > MAX_WORD:
+        return ""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else ""

@@ -216,7 +216,27 @@ def test_a_fault_of_ours_exits_with_1_and_says_so(
 
     monkeypatch.setattr("apt.core.estimate.estimate", broken)
     assert main(["check", str(profile_file)]) == 1
-    assert "this is a fault of apt-core or of a provider" in capsys.readouterr().err
+    assert "this is a fault of apt-core, not of your input" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["raise KeyError('mine')", "raise SystemExit(0)"])
+def test_a_fault_of_a_provider_names_its_package_or_file(
+    capsys: pytest.CaptureFixture[str], profile_file: Path, how: str
+) -> None:
+    code = f"""
+from apt.builtin.ffn import MLP
+
+
+class Mine(MLP):
+    "Fails."
+
+    def get_flops_estimate(self, seq_len, d_model, d_ff):
+        {how}
+"""
+    (profile_file.parent / "mine.py").write_text(code)
+    assert main(["check", str(profile_file), "--set", "model.ffn=./mine.py:Mine"]) == 1
+    told = capsys.readouterr().err
+    assert f"this is a fault of provider code ({profile_file.parent}/mine.py:9), not of your input" in told
 
 
 @pytest.mark.parametrize(

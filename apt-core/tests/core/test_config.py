@@ -16,6 +16,8 @@ from apt.core.config import (
     Training,
     create_optimized_config,
 )
+from apt.core.estimate import estimate
+from apt.core.resolve import resolve_config
 from apt.errors import ProfileError
 
 CONTRACT = {
@@ -106,6 +108,17 @@ def test_sizes_grow_and_carry_what_was_asked() -> None:
     assert config.extra["multimodal"]["enable_audio"] is True  # type: ignore[index,call-overload]
     with pytest.raises(ProfileError, match=r"'tinny' is not one of tiny, small, base, large; did you mean 'tiny'\?"):
         create_optimized_config("tinny")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("multimodal", [False, True])
+@pytest.mark.parametrize("size", ["tiny", "small", "base", "large"])
+def test_every_size_can_be_resolved_kept_and_foretold(size: str, multimodal: bool, tmp_path: Path) -> None:
+    config = create_optimized_config(size, use_autopoietic=False, multimodal=multimodal)  # type: ignore[arg-type]
+    config.save_pretrained(tmp_path)
+    assert APTConfig.from_pretrained(tmp_path) == config
+    parameters = estimate(config, resolve_config(config)).parameters
+    assert parameters == pytest.approx({"tiny": 7.2e6, "small": 44.6e6, "base": 123e6, "large": 353e6}[size], rel=0.02)
+    assert ("multimodal" in config.extra) == multimodal
 
 
 def test_this_machine_is_described(tmp_path: Path) -> None:

@@ -266,6 +266,57 @@ def test_a_hook_of_another_version_may_be_optional_and_a_static_method_is_a_hook
     assert call(both=Both()) == ["static 7"]
 
 
+def test_a_class_or_static_method_may_be_marked_inside_or_outside() -> None:
+    class Inside(Plugin):
+        @classmethod
+        @hookimpl
+        def apt_step_start(cls, state):
+            seen.append(f"{cls.__name__} {state.step}")
+
+    class Outside(Plugin):
+        @hookimpl
+        @classmethod
+        def apt_step_start(cls, state):
+            seen.append(f"{cls.__name__} {state.step}")
+
+    class Unmarked(Plugin):
+        @classmethod
+        def apt_step_start(cls, state):
+            """Would be passed by."""
+
+    assert call(one=Inside(), two=Outside()) == ["Inside 7", "Outside 7"]
+    with pytest.raises(PluginError, match="apt_step_start is not marked"):
+        call(it=Unmarked())
+
+
+def test_an_inherited_hook_is_a_hook_and_the_nearest_class_counts() -> None:
+    class Quieter(Says):
+        @hookimpl
+        def apt_step_start(self, state):
+            seen.append(self.word.lower())
+
+    class Same(Says):
+        """Says the same."""
+
+    assert call(one=Quieter(word="A"), two=Same(word="B")) == ["a", "B"]
+
+
+def test_a_hook_that_could_not_be_called_is_refused() -> None:
+    class Asynchronous(Plugin):
+        @hookimpl
+        async def apt_step_start(self, state):
+            """Nobody would wait."""
+
+    class KeywordOnly(Plugin):
+        @hookimpl
+        def apt_step_start(self, *, state):
+            """Arguments come in their order."""
+
+    for plugin, message in ((Asynchronous(), "nobody would wait for it"), (KeywordOnly(), "is not a plain argument")):
+        with pytest.raises(PluginError, match=message):
+            HookRunner({"it": plugin})
+
+
 def test_state_that_is_no_mapping_is_refused_by_name() -> None:
     class Odd(Plugin):
         @hookimpl

@@ -308,6 +308,82 @@ data: {source: files}
     }
 
 
+def test_null_takes_a_whole_section_away_and_nothing_at_all_is_a_mistake(folder: Path) -> None:
+    (folder / "x.yaml").write_text("base: base.yaml\ndata: null\nextra: {a: 1}\n")
+    assert load(folder / "x.yaml", sets=["extra=null"]).config.extra == {}
+    assert "training: gives neither max_epochs nor max_steps" in faults(folder / "x.yaml", sets=["training=null"])
+    told = faults_of(folder, "base: base.yaml\ntraining:\n  # max_epochs: 3\n")
+    assert told.startswith("x.yaml:")
+    assert "nothing follows 'training'; leave it out, or write null to take away what is inherited" in told
+
+
+@pytest.mark.parametrize("attention", ['""', '{provider: ""}', '"${APT_TEST_NOTHING:-}"'])
+def test_no_name_is_no_provider(folder: Path, attention: str) -> None:
+    text = f"base: base.yaml\nmodel:\n  attention: {attention}\n"
+    assert "model.attention: '' is no name of a provider" in faults_of(folder, text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: {{attention: {huge}}}",
+        "model: {{attention: {{provider: {huge}, fallback: [{huge}]}}}}",
+        "model: {{attention: {{provider: sdpa, {huge}: 1}}}}",
+        "model: {{ffn: [{huge}]}}",
+        "{huge}: 1",
+        "plugins: [{huge}]",
+        "training: {{precision: {huge}}}",
+        "schedules: {{{huge}: {{start: 1, end: 2}}}}",
+        "schedules: {{enable_{huge}_at_epoch: 1}}",
+        "base: {huge}",
+        "data: {{source: {huge}}}",
+        "training: '{huge}'",
+        "data: {{{huge}: 1, {huge}: 2}}",
+        "plugins: '{words}'",
+    ],
+)
+def test_what_is_given_may_be_long_and_what_is_said_of_it_is_not(folder: Path, text: str) -> None:
+    said = text.format(huge="a" * 900_000, words="ab " * 300_000)
+    told = faults_of(folder, said if "base" in said[:5] else f"base: base.yaml\n{said}\n")
+    assert len(told) < 8_000
+
+
+def test_a_base_in_another_folder_names_code_as_seen_from_there(tmp_path: Path, data_source: str) -> None:
+    for place in ("top/parts", "aside"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "mine.py").write_text(data_source)
+        text = BASE.replace("{source: stdlib}", "{source: './mine.py:Mine', size: 7}")
+        (tmp_path / place / "base.yaml").write_text(text)
+    top = tmp_path / "top" / "x.yaml"
+    top.write_text("base: parts/base.yaml\nname: x\n")
+    profile = load(top)
+    assert profile.config.data.source == "./parts/mine.py:Mine"
+    assert profile.resolved is not None
+    assert profile.resolved.providers["data"].size == 7  # type: ignore[attr-defined]
+
+    (tmp_path / "top" / "mine.py").write_text("raise RuntimeError('not this one')")
+    top.write_text("base: ../aside/base.yaml\nname: x\n")
+    assert "aside/mine.py lies outside of" in faults(top)
+    profile = load(top, allow_local_code=True)
+    assert profile.config.data.source == "../aside/mine.py:Mine"
+    assert profile.origin("data.source").endswith("aside/base.yaml:8:16")
+
+
+def test_a_plugin_in_a_file_keeps_its_place_with_its_options(tmp_path: Path) -> None:
+    (tmp_path / "aside").mkdir()
+    code = "from apt.core.providers import Plugin\n\n\nclass Mine(Plugin):\n    'A plugin.'\n\n    r: int = 1\n"
+    (tmp_path / "aside" / "mine.py").write_text(code)
+    (tmp_path / "aside" / "base.yaml").write_text(BASE + "plugins: [{./mine.py:Mine: {r: x}}]\n")
+    (tmp_path / "x.yaml").write_text("base: aside/base.yaml\nname: x\n")
+    told = faults(tmp_path / "x.yaml")
+    assert "aside/base.yaml:9:10: plugins../aside/mine.py:Mine.r: 'x' is not allowed" in told
+    (tmp_path / "aside" / "base.yaml").write_text(BASE + "plugins: [{./mine.py:Mine: {r: 2}}]\n")
+    profile = load(tmp_path / "x.yaml")
+    assert profile.config.plugins == ("./aside/mine.py:Mine",)
+    assert profile.resolved is not None
+    assert profile.resolved.plugins["./aside/mine.py:Mine"].r == 2  # type: ignore[attr-defined]
+
+
 def test_a_fault_in_a_base_is_told_where_it_stands(folder: Path) -> None:
     (folder / "base.yaml").write_text(BASE.replace("d_model: 32", "d_model: -1"))
     assert faults_of(folder, "base: base.yaml\nname: x\n").startswith(

@@ -295,6 +295,38 @@ def test_a_validator_that_raises_something_odd_is_the_providers_fault():
         registry.get("data", "odd")
 
 
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("excludes = 'attention'", "its excludes is 'attention': input should be a valid tuple"),
+        ("capabilities = 'noncausal'", "its capabilities is 'noncausal': input should be a valid frozenset"),
+        ("scheduled = ['gain']", r"its scheduled is \['gain'\]: input should be a valid dictionary"),
+        ("losses = {'a': 1}", r"its losses is {'a': 1}: input should be a valid string"),
+        ("switched_by = 3", "its switched_by is 3: input should be a valid string"),
+        ("api_level = '1'", "its api_level is '1': input should be a valid integer"),
+        ("get_priority = classmethod(lambda cls: 'high')", "get_priority gives 'high', which is not a whole number"),
+        ("get_priority = classmethod(lambda cls: 1 / 0)", "get_priority failed: ZeroDivisionError"),
+        ("get_dependencies = classmethod(lambda cls: 'numpy')", "get_dependencies gives 'numpy', which is not a list"),
+        ("get_dependencies = classmethod(lambda cls: exit(3))", "get_dependencies failed: SystemExit: 3"),
+        ("raise_at_import = exit(3)", "importing apt_odd:Odd failed: SystemExit: 3"),
+    ],
+)
+def test_what_a_class_says_of_itself_in_another_form_is_its_own_fault_alone(site, data_source, source, why):
+    name = source.partition(" ")[0]
+    known = "ClassVar" if not name.startswith(("get_", "raise_")) else ""
+    line = f"    {name}: {known} = {source.partition(' = ')[2]}" if known else f"    {source}"
+    odd = f"from typing import ClassVar\n{data_source}\n\nclass Odd(Mine):\n    'Odd.'\n{line}\n"
+    site.add(
+        "apt-odd", {"data.odd": "apt_odd:Odd", "data.even": "apt_even:Mine"}, {"apt_odd": odd, "apt_even": data_source}
+    )
+    registry = site.registry()
+    with pytest.raises(ProviderBrokenError, match=why):
+        registry.get("data", "odd", fallback=False)
+    assert registry.get("data", "even").size == 3
+    assert registry.list_providers("data") == {"data": ["even", "odd"]}
+    assert registry.get_info("data", "odd")["broken"]
+
+
 def test_a_slow_import_is_named_in_the_log_while_it_lasts(site, data_source, monkeypatch, caplog):
     monkeypatch.setattr("apt.core.loading.SLOW_IMPORT_SECONDS", 0.05)
     site.add("apt-slow", {"data.slow": "apt_slow:Mine"}, {"apt_slow": f"import time\ntime.sleep(0.4)\n{data_source}"})

@@ -10,6 +10,7 @@ import pytest
 from pydantic import Field
 
 from apt.core.config import APTConfig, Choice, Data
+from apt.core.local import LocalCode
 from apt.core.provider import Slot
 from apt.core.providers import (
     AttentionProvider,
@@ -283,3 +284,89 @@ def test_walking_finds_providers_in_containers_too():
         "model.ffn.others.a",
         "model.ffn.others.b",
     ]
+
+
+GAIN = """
+from typing import ClassVar, Mapping
+from apt.core.providers import Plugin
+
+class Mine(Plugin):
+    "Has a gain."
+    scheduled: ClassVar[Mapping[str, str]] = {"gain": "gain"}
+
+class Other(Mine):
+    "Has it too."
+"""
+RAMP = {"start": 0.0, "end": 1.0}
+
+
+def test_two_distributions_that_give_one_name_to_a_value_are_named_where_a_schedule_uses_it(site):
+    site.add("apt-a", {"plugin.a": "gain_a:Mine", "plugin.a2": "gain_a:Other"}, {"gain_a": GAIN}, version="1.2")
+    site.add("apt-b", {"plugin.b": "gain_b:Mine"}, {"gain_b": GAIN}, version="3.4")
+    used = site.registry()
+    for kind, name, provider in (("attention", "att", Attention), ("data", "text", Text)):
+        used.register(kind, name, provider)
+    used.register("tokenizer", "letters", Letters)
+    used.register("ffn", "plain", type("Plain", (FFN,), {"excludes": (), "__annotations__": {}}))
+    used.register("router", "topk", Router)
+    two = profile(ffn_name="plain", plugins=("b", "a"), schedules={"gain": RAMP})
+    assert faults(used, two)["schedules.gain"] == (
+        "two values have this name, of plugin.b of apt-b 3.4 (at plugins.b) and plugin.a of apt-a 1.2 (at plugins.a); "
+        "use one of them, or leave the schedule out: each has its own option for a gain that stands still"
+    )
+    resolve_config(profile(ffn_name="plain", plugins=("b", "a")), used)
+    shared = resolve_config(profile(ffn_name="plain", plugins=("a2", "a"), schedules={"gain": RAMP}), used)
+    assert shared.scheduled["gain"].get_name() == "a2"
+
+
+@pytest.mark.parametrize(
+    ("count", "why"), [("1 + 'a'", "get_parameter_count failed: TypeError"), ("None", "gives None, not a whole number")]
+)
+def test_a_provider_that_cannot_count_is_named_with_the_other_faults(tmp_path, registry, count, why):
+    source = f"""
+from apt.builtin.ffn import MLP
+
+class Mine(MLP):
+    "Cannot count."
+
+    def get_parameter_count(self, d_model, d_ff):
+        return {count}
+"""
+    (tmp_path / "mine.py").write_text(source)
+    registry.allow_local_code(LocalCode(tmp_path))
+    told = faults(registry, profile(ffn_name="./mine.py:Mine", schedules={"zz": RAMP}))
+    assert told["model.ffn"].startswith("ffn provider ./mine.py:Mine: ")
+    assert why in told["model.ffn"]
+    assert "schedules.zz" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "where"),
+    [
+        ("heat", {"start": 1, "end": 0}, "schedules.heat.end"),
+        ("heat", [{"until": 2, "start": 1, "end": 2}, {"start": -1, "end": 2}], "schedules.heat.1.start"),
+        ("heat", {"segments": [{"start": 1, "end": -1}]}, "schedules.heat.segments.0.end"),
+        ("share", {"start": 0, "end": 1.5}, "schedules.share.end"),
+        ("their_pace", {"start": 0.5, "end": 9}, "schedules.their_pace.end"),
+    ],
+)
+def test_a_schedule_stays_where_its_option_may_be(registry, name, given, where):
+    class Ranged(Switch):
+        scheduled: ClassVar[Mapping[str, str]] = {"heat": "temperature", "share": "other", "their_pace": "buffer"}
+        temperature: float = Field(default=1.0, gt=0)
+        share: float = Field(default=0.5, ge=0, le=1)
+        pace: int | float = Field(default=1, lt=5)
+
+    registry.register("plugin", "ranged", Ranged)
+    registry.register("ffn", "plain", type("Plain", (FFN,), {"excludes": (), "__annotations__": {}}))
+    told = faults(registry, profile(ffn_name="plain", plugins=("ranged",), schedules={name: given}))
+    assert list(told) == [where]
+    assert "plugin.ranged takes it as its option" in told[where]
+    good = {"heat": {"start": 0.1, "end": 9}, "share": {"start": 0, "end": 1}, "their_pace": {"start": -3, "end": 4}}
+    resolve_config(profile(ffn_name="plain", plugins=("ranged",), schedules=good), registry)
+
+
+@pytest.mark.parametrize("name", ["pad_token_id", "bos_token_id", "eos_token_id"])
+def test_an_id_that_the_vocabulary_has_not_is_refused(registry, name):
+    told = faults(registry, profile(vocab_size=40, **{name: 40}))
+    assert told[f"model.{name}"] == "40 is no id of a vocabulary of 40; 0 to 39"

@@ -108,7 +108,15 @@ def test_a_switch_stands_in_its_column(start: int) -> None:
 
 def test_a_value_that_never_moves_is_a_flat_line() -> None:
     drawn = config({"x": {"start": 1.0, "end": 1.0}}, max_epochs=3, steps_per_epoch=5)
-    assert "x: 1 to 1 in the last step" in str(plot_schedules(drawn))
+    assert "x: 1 throughout" in str(plot_schedules(drawn))
+
+
+def test_the_same_profile_gives_the_same_picture(tmp_path: Path) -> None:
+    one, other = (plot_schedules(BOTH, path=tmp_path / f"{name}.svg") for name in "ab")
+    assert isinstance(one, Path)
+    assert isinstance(other, Path)
+    assert b"<dc:date>" not in one.read_bytes()
+    assert one.stat().st_size == other.stat().st_size
 
 
 def test_a_picture_names_every_value_and_switch(tmp_path: Path) -> None:

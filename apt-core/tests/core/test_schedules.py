@@ -129,6 +129,39 @@ def test_a_switch_beyond_the_end_of_the_run_is_told(
     assert lines == ([f"schedules.{key}: {start} is not reached; moe is never switched on"] if never else [])
 
 
+def test_a_run_that_a_limit_of_steps_cuts_short_brings_its_values_to_their_ends_all_the_same() -> None:
+    ramps = Schedule({"a": {"start": 1.0, "end": 0.0, "by": "epoch"}, "b": {"start": 1.0, "end": 0.0, "by": "step"}})
+    steps, epochs = run_length(Training(max_epochs=50, max_steps=100), 10)
+    last = ramps.get_all_params(epoch=epochs - 1, step=steps - 1, max_epochs=epochs, max_steps=steps)
+    assert (steps, epochs) == (100, 10)
+    assert last == pytest.approx({"a": 0.1, "b": 0.01})
+
+
+@pytest.mark.parametrize(
+    ("entry", "length", "told"),
+    [
+        ({"start": 0, "end": 1, "by": "step", "warmup": 30}, (30, 10, 5), "its warmup of 30 is not over before"),
+        ({"start": 0, "end": 1, "by": "step", "warmup": 29}, (30, 10, 5), ""),
+        ({"start": 1, "end": 1, "by": "step", "warmup": 99}, (30, 10, 5), ""),
+        ({"start": 0, "end": 1, "by": "step", "warmup": 99}, (None, None, 5), ""),
+        ({"start": 0, "end": 1, "by": "epoch", "warmup": 3}, (30, 10, 5), "the run has 3 epochs"),
+        ({"start": 0, "end": 1, "warmup": 2, "cooldown": 1}, (None, None, 3), "leave no unit between them"),
+        (
+            [{"until": 3, "start": 0, "end": 1}, {"start": 1, "end": 2}],
+            (None, None, 3),
+            "begins at 3, and what follows",
+        ),
+        ([{"until": 2, "start": 0, "end": 1}, {"start": 1, "end": 2}], (None, None, 3), ""),
+    ],
+)
+def test_a_value_that_the_run_ends_before_is_told(
+    entry: object, length: tuple[int | None, int | None, int | None], told: str
+) -> None:
+    lines = Schedule({"x": entry}).list_unreached(*length)
+    assert len(lines) == bool(told)
+    assert told in "".join(lines)
+
+
 def test_two_lines_for_one_switch_contradict() -> None:
     with pytest.raises(ScheduleError, match="another line switches 'moe' on as well; keep one"):
         Schedule({"enable_moe_at_epoch": 1, "enable_moe_at_step": 3})
@@ -162,7 +195,7 @@ def test_all_params_and_plugins_at_once() -> None:
     [
         ({"max_epochs": 3}, (30, 3)),
         ({"max_steps": 25}, (25, 3)),
-        ({"max_epochs": 3, "max_steps": 12}, (12, 3)),
+        ({"max_epochs": 3, "max_steps": 12}, (12, 2)),
         ({"max_epochs": 1, "max_steps": 12}, (10, 1)),
     ],
 )

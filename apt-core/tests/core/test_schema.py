@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jsonschema
@@ -68,10 +68,30 @@ def validator() -> Any:
         {"training": {"save_every": "10 min"}},
         {"base": "x.yaml", "model": {"ffn": {"depth": 3}, "align": None}, "data": {"path": "y"}},
         {"schedules": {"their_gain": None, "enable_their_plugin_at_epoch": None}},
+        {"schedules": None, "training": None, "plugins": None, "data": None, "model": None},
+        {"training": {"max_steps": "${STEPS}", "compile": "${FAST:-false}", "precision": "${PRECISION}"}},
+        {"training": {"save_every": "${MINUTES} min", "betas": ["${B:-0.9}", 0.95]}},
+        {"model": {"ffn": {"provider": "theirs", "depth": "${DEPTH:-3}"}}},
+        {"schedules": {"enable_their_plugin_at_epoch": "${E}", "their_gain": {"start": "${A}", "end": 2}}},
     ],
 )
 def test_what_is_right_fits(validator: Any, profile: dict[str, object]) -> None:
     validator.validate(profile)
+
+
+def test_a_provider_whose_options_have_no_schema_is_left_out_and_named() -> None:
+    class Odd(Theirs):
+        "Options that no JSON value can be."
+
+        call: Callable[[int], int] = abs
+
+    registry = Registry(discover)
+    registry.register("ffn", "odd", Odd)
+    schema, left_out = profile_schema(registry)
+    assert left_out == [
+        "ffn.odd: its options have no JSON Schema: Cannot generate a JsonSchema for core_schema.CallableSchema"
+    ]
+    assert "swiglu" in schema["$defs"]["ffn"]["anyOf"][0]["anyOf"][0]["enum"]
 
 
 @pytest.mark.parametrize(
@@ -94,6 +114,10 @@ def test_what_is_right_fits(validator: Any, profile: dict[str, object]) -> None:
         {"base": "x.yaml", "model": {"ffn": {"depht": 3}}},
         {"training": {"save_every": "10 hours"}},
         {"training": 3},
+        {"training": {"max_steps": "$STEPS"}},
+        {"training": {"max_steps": 0}},
+        {"training": {"compile": "yes"}},
+        {"name": None},
     ],
 )
 def test_what_is_wrong_does_not(validator: Any, profile: dict[str, object]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -100,10 +99,8 @@ def test_what_is_no_profile_is_refused_with_its_place(text: str, message: str) -
 
 def test_a_bomb_of_aliases_costs_nothing() -> None:
     lines = ["a0: &a0 [x, x]"] + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 30)]
-    started = time.perf_counter()
-    with pytest.raises(ProfileError, match="aliases"):
+    with pytest.raises(ProfileError, match=r"f:2:10: aliases"):  # at the first, before anything is multiplied
         read_text("\n".join(lines), "f")
-    assert time.perf_counter() - started < 1
 
 
 def test_deep_nesting_ends_before_the_stack_does() -> None:
@@ -184,6 +181,11 @@ def test_variables_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) ->
         "a: ${APT_TEST_SIZE}\nb: ${APT_TEST_OTHER:-3e-4}\nc: x-${APT_TEST_SIZE}\nd: \"${APT_TEST_SIZE}\"\ne: '${X}'\n"
     )
     assert read_text(text, "f").values == {"a": 64, "b": 3e-4, "c": "x-64", "d": "64", "e": "${X}"}
+
+
+def test_beginnings_of_variables_without_an_end_are_text_and_cost_nothing() -> None:
+    text = "${HOME:-" * 100_000
+    assert read_text(f"a: {text}\n", "f").values == {"a": text}
 
 
 def test_a_variable_cannot_smuggle_in_structure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TextIO
 
 from apt import __version__
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words and (command := find_command(words[0], own_commands(parser))) is not None:
             return command(words[1:])
         arguments = parser.parse_args(words)
-        code = arguments.run(arguments)
+        code = _run(arguments)
         sys.stdout.flush()
     except AptError as error:
         return _fail("\n".join((str(error), *getattr(error, "__notes__", ()))), error.exit_code)
@@ -91,10 +92,43 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
             return _fail(f"{error.name} is not installed, which apt-core or a provider needs", 1)
         return _fail("this command needs PyTorch, which is not installed: pip install torch", 2)
-    except Exception:  # noqa: BLE001  whatever it is, it is told in full, and the exit code says whose fault it is
+    except Exception as error:  # noqa: BLE001  whatever it is, it is told in full, and with its author
         traceback.print_exc()
-        return _fail("this is a fault of apt-core or of a provider, not of your input; please report it", 1)
+        return _fail(f"this is a fault of {_author(error)}, not of your input; please report it there", 1)
     return int(code)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    try:
+        return int(arguments.run(arguments))
+    except SystemExit as error:
+        # No command of apt-core ends the interpreter, and what a provider wanted must not pass for a success.
+        raise RuntimeError(f"the interpreter was told to end: sys.exit({error.code!r})") from error
+
+
+def _author(error: BaseException) -> str:
+    """Whose code was running when it happened: the innermost that a provider's package or file holds, else apt-core's."""
+    from apt.core.discovery import REGISTERED
+    from apt.core.local import MODULE
+    from apt.core.registry import registry
+
+    packages: dict[str, str] = {}
+    with suppress(AptError):
+        for record in registry.records():
+            module = record.entry_point.partition(":")[0]
+            packages[module if record.distribution == REGISTERED else module.partition(".")[0]] = record.origin
+    while error.__cause__ is not None:
+        error = error.__cause__
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        module, file = str(frame.f_globals.get("__name__", "")), frame.f_code.co_filename
+        if module.partition(".")[0] == "apt":
+            continue
+        whose = packages.get(module) or packages.get(module.partition(".")[0])
+        if whose is None and module.startswith(MODULE):
+            whose = "provider code"
+        if whose is not None:
+            return f"{whose} ({file}:{line})"
+    return "apt-core"
 
 
 def _fail(message: str, code: int) -> int:

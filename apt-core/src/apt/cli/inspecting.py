@@ -194,8 +194,15 @@ def _paragraph(text: str) -> str:
 
 def describe_options(model: type[BaseModel]) -> list[tuple[str, str, str, str]]:
     """Name, type, default and meaning of each option; what a mapping may hold follows it, as ``option.inner``."""
+    from pydantic.errors import PydanticInvalidForJsonSchema
+
+    from apt.errors import AptError
+
     rows: list[tuple[str, str, str, str]] = []
-    properties = model.model_json_schema()["properties"] if model.model_fields else {}
+    try:
+        properties = model.model_json_schema()["properties"] if model.model_fields else {}
+    except PydanticInvalidForJsonSchema as error:
+        raise AptError(f"{model.__qualname__}: its options cannot be described: {error.message}") from error
     for option, schema in properties.items():
         what = str(schema.get("description", ""))
         rows.append((option, describe_type(schema), describe_default(model, option), what))

@@ -171,6 +171,7 @@ def describe_collision(claims: list[ProviderRecord]) -> str:
     if len(distributions) == 1:
         mend = f"install it anew: pip install --force-reinstall {distributions[0]}"
     else:
-        remove = " or ".join(f"pip uninstall {each}" for each in distributions)
+        # apt-core itself is not what has to go.
+        remove = " or ".join(f"pip uninstall {each}" for each in distributions if each != "apt-core")
         mend = f"keep one ({remove}), or name one distribution in APT_DISABLE_PLUGINS"
     return f"{claims[0].key} is claimed by {origins}; {mend}"

@@ -1,7 +1,7 @@
 """A profile's document: a file, what it inherits from, and the command line, merged. Every value keeps its origin.
 
 What stands above changes what lies below key by key. Lists are replaced as a whole; a provider that is replaced leaves its
-options behind; null takes a schedule, or a provider's section, away.
+options behind; null takes a schedule, a provider's section, or a whole section away.
 """
 
 from __future__ import annotations
@@ -13,16 +13,20 @@ from pathlib import Path
 from types import NoneType
 from typing import get_origin
 
-from apt.core import yaml
+from apt.core import layout, yaml
 from apt.core.config import APTConfig, Data
 from apt.core.layout import type_at
 from apt.core.legacy import KINDS, settle, translate
+from apt.core.local import seen_from
 from apt.core.options import leaves
 from apt.core.registry import Registry
 from apt.core.yaml import Key, Origin, Source, Value
 from apt.errors import Fault, ProfileError
 
 MAX_FILES = 16
+SECTIONS = ("plugins", "model", "schedules", "data", "extra", *layout.SECTIONS)
+NAMES_CODE = ("plugins", "model", "data", "monitoring")
+"""Sections where a text of the form ``./file.py:Class`` is a provider."""
 TOKENIZER: Key = ("data", "tokenizer")
 
 
@@ -44,7 +48,7 @@ def read_document(path: Path, sets: Sequence[str], plugins: Sequence[str] | None
     Raises `ProfileError` for what cannot be read at all.
     """
     files: list[Path] = []
-    layers = _chain(path, files)[::-1]
+    layers = _chain(path, files, path.parent.resolve())[::-1]
     listed = _listed(layers, sets, plugins)
     notes: list[str] = []
     faults: list[Fault] = []
@@ -83,8 +87,8 @@ def _listed(layers: Sequence[Source], sets: Sequence[str], plugins: Sequence[str
     return next((layer.values["plugins"] for layer in reversed(layers) if "plugins" in layer.values), [])
 
 
-def _chain(path: Path, files: list[Path]) -> list[Source]:
-    """The file and what it inherits from, nearest first."""
+def _chain(path: Path, files: list[Path], top: Path) -> list[Source]:
+    """The file and what it inherits from, nearest first; provider code in files is named as seen from the folder `top`."""
     real = path.resolve()
     if real in files:
         chain = " -> ".join(each.name for each in (*files, real))
@@ -92,13 +96,39 @@ def _chain(path: Path, files: list[Path]) -> list[Source]:
     if len(files) == MAX_FILES:
         raise ProfileError([Fault(str(path), f"is inherited through more than {MAX_FILES} files")])
     files.append(real)
-    source = yaml.read_file(path)
+    source = _seen_from_top(yaml.read_file(path), path.parent.resolve(), top)
     base = source.values.pop("base", None)
     if base is None:
         return [source]
     if not isinstance(base, str) or "\0" in base:
         raise ProfileError([Fault(f"{source.origins[('base',)]}: base", f"{base!r} is not the path of a profile")])
-    return [source, *_chain(path.parent / base, files)]
+    return [source, *_chain(path.parent / base, files, top)]
+
+
+def _seen_from_top(source: Source, folder: Path, top: Path) -> Source:
+    """A base in another folder names provider code beside itself; in the whole profile the names are the top's."""
+    if folder == top:
+        return source
+    origins = dict(source.origins)
+
+    def renamed(value: Value, path: Key) -> Value:
+        if isinstance(value, str):
+            return seen_from(value, folder, top)
+        if isinstance(value, list):
+            return [renamed(each, (*path, index)) for index, each in enumerate(value)]
+        if not isinstance(value, dict):
+            return value
+        result: dict[str, Value] = {}
+        for key, each in value.items():
+            name = seen_from(key, folder, top)  # of a plugin with options
+            if name != key:
+                for old in [old for old in origins if old[: len(path) + 1] == (*path, key)]:
+                    origins[(*path, name, *old[len(path) + 1 :])] = origins.pop(old)
+            result[name] = renamed(each, (*path, key))
+        return result
+
+    values = {key: renamed(each, (key,)) if key in NAMES_CODE else each for key, each in source.values.items()}
+    return Source(values, origins)
 
 
 def _read_set(text: str, merged: Source, registry: Registry) -> Source:
@@ -209,7 +239,9 @@ def _default(path: Key) -> str | None:
 
 
 def _take_away(values: dict[str, Value]) -> None:
-    """Leave out the schedules and the providers' sections that are null."""
+    """Leave out what is null: sections, and in them schedules and providers."""
+    for section in [section for section in SECTIONS if section in values and values[section] is None]:
+        del values[section]
     for section, removable in (("schedules", None), ("model", KINDS)):
         inner = values.get(section)
         if isinstance(inner, dict):

@@ -6,12 +6,14 @@ a hook names plugin, distribution, version, hook and step. With ``APT_TRACE=1`` 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import os
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from types import CodeType
 from typing import TYPE_CHECKING, cast
 
 import pluggy
@@ -86,11 +88,11 @@ class HookRunner:
         """An object with the plugin's hooks, whose errors say where they come from."""
         origin = _origin(name, plugin)
         guarded = _Guarded()
-        for attribute in dir(type(plugin)):
-            function = inspect.getattr_static(type(plugin), attribute)
-            options = getattr(function, MARK, None)
+        for attribute, function in _own_attributes(plugin).items():
+            # A class method or static method may be marked inside or outside.
+            options = getattr(function, MARK, None) or getattr(getattr(function, "__func__", None), MARK, None)
             if options is None:
-                if attribute.startswith(f"{PROJECT}_") and callable(function):
+                if attribute.startswith(f"{PROJECT}_") and callable(getattr(plugin, attribute)):
                     raise PluginError(f"{origin}: {attribute} is not marked; put @hookimpl above it")
                 continue
             hook = options.get("specname") or attribute
@@ -105,6 +107,12 @@ class HookRunner:
         return guarded
 
 
+def _own_attributes(plugin: Plugin) -> dict[str, object]:
+    """What the classes of a plugin define beyond `Plugin` itself, which has no hooks; the nearest class counts."""
+    own = [base for base in type(plugin).__mro__ if base not in Plugin.__mro__]
+    return {name: value for base in reversed(own) for name, value in vars(base).items()}
+
+
 def _origin(name: str, plugin: Plugin) -> str:
     record = record_of(plugin)
     return f"plugin {name!r} ({record.distribution} {record.version})"
@@ -116,16 +124,26 @@ def check_hook(origin: str, hook: str, bound: Callable[..., object], options: Ma
         hint = nearest(hook, SPECIFIED) or "apt/hookspecs.py lists them"
         raise PluginError(f"{origin}: there is no hook {hook!r}; {hint}")
     known = [each for each in SPECIFIED[hook].parameters if each != "self"]
-    for argument in inspect.signature(bound).parameters:
+    for argument, parameter in inspect.signature(bound).parameters.items():
+        if argument in known and parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
+            raise PluginError(f"{origin}: {argument} of {hook} is not a plain argument; take away the * or / beside it")
         if argument not in known:
             hint = nearest(argument, known)
             parts = [f"{origin}: the hook {hook} has no argument {argument!r}", hint, f"it has: {', '.join(known)}"]
             raise PluginError("; ".join(filter(None, parts)))
+    if inspect.iscoroutinefunction(bound) or inspect.isasyncgenfunction(bound):
+        raise PluginError(f"{origin}: {hook} is asynchronous, and nobody would wait for it; take `async` away")
     if options.get("hookwrapper"):
         raise PluginError(f"{origin}: {hook} is a wrapper of pluggy's old kind; mark it @hookimpl(wrapper=True)")
     if bool(options.get("wrapper")) != inspect.isgeneratorfunction(bound):
         what = "is marked as a wrapper, but does not yield" if options.get("wrapper") else "yields, but is no wrapper"
         raise PluginError(f"{origin}: {hook} {what}; a wrapper is marked @hookimpl(wrapper=True) and yields once")
+
+
+@functools.cache
+def _compiled(hook: str, arguments: str, body: str) -> CodeType:
+    """The definition of a function; there are few, and compiling costs more than all the rest of a guard."""
+    return compile(f"def {hook}({arguments}):\n    {body.format(arguments)}", f"<{hook}>", "exec")
 
 
 class _Guarded:
@@ -185,9 +203,8 @@ class _Guard:
 
     def _named(self, run: Callable[..., object], body: str) -> Callable[..., object]:
         """`run` as a function of named arguments, which is what pluggy reads from a function's code."""
-        arguments = ", ".join(self.given)
         namespace: dict[str, Callable[..., object]] = {"run": run}
-        exec(f"def {self.hook}({arguments}):\n    {body.format(arguments)}", namespace)
+        exec(_compiled(self.hook, ", ".join(self.given), body), namespace)
         return namespace[self.hook]
 
     @contextmanager

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 
+from pydantic import TypeAdapter, ValidationError
+
 from apt.core.discovery import REGISTERED, ProviderRecord
 from apt.core.provider import API_LEVEL, Provider
 from apt.core.providers import INTERFACES
@@ -19,6 +21,15 @@ from apt.errors import ProviderBrokenError, RequirementError
 
 log = logging.getLogger(__name__)
 SLOW_IMPORT_SECONDS = 5.0
+DECLARED: dict[str, TypeAdapter[object]] = {
+    "api_level": TypeAdapter(int),
+    "excludes": TypeAdapter(tuple[str, ...]),
+    "capabilities": TypeAdapter(frozenset[str]),
+    "scheduled": TypeAdapter(dict[str, str]),
+    "losses": TypeAdapter(dict[str, str]),
+    "switched_by": TypeAdapter(str | None),
+}
+"""What a class declares beside its options, and of which type it has to be."""
 
 
 def load_object(record: ProviderRecord) -> object:
@@ -33,7 +44,9 @@ def load_object(record: ProviderRecord) -> object:
             found: object = import_module(module_name)
             for part in attribute.split("."):
                 found = getattr(found, part)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         message = f"{record}: importing {record.entry_point} failed: {type(error).__name__}: {error}"
         raise ProviderBrokenError(record.kind, record.name, message) from error
     return found
@@ -51,6 +64,7 @@ def check_class(record: ProviderRecord, found: object) -> type[Provider]:
         raise _broken(record, f"{what} is not a subclass of {base}")
     if getattr(found, "kind", record.kind) != record.kind:
         raise _broken(record, f"its class says kind = {found.kind!r}")
+    _check_declared(record, found)
     if found.api_level != API_LEVEL:
         message = (
             f"{record} is written for API level {found.api_level} of apt-core; this apt-core has level {API_LEVEL}"
@@ -59,6 +73,33 @@ def check_class(record: ProviderRecord, found: object) -> type[Provider]:
     if missing := sorted(getattr(found, "__abstractmethods__", ())):
         raise _broken(record, f"{found.__qualname__} does not implement {', '.join(missing)}")
     return found
+
+
+def _check_declared(record: ProviderRecord, found: type[Provider]) -> None:
+    """Whether what the class says of itself can be read; a text in place of a tuple of texts would be a tuple of letters."""
+    for name, adapter in DECLARED.items():
+        try:
+            adapter.validate_python(getattr(found, name), strict=name == "api_level")
+        except ValidationError as error:
+            what = error.errors(include_url=False)[0]["msg"]
+            raise _broken(record, f"its {name} is {getattr(found, name)!r}: {what[:1].lower()}{what[1:]}") from error
+    with _asking(record, "get_priority"):
+        priority = found.get_priority()
+    if not isinstance(priority, int):
+        raise _broken(record, f"get_priority gives {priority!r}, which is not a whole number")
+    with _asking(record, "get_dependencies"):
+        needed = found.get_dependencies()
+    if not isinstance(needed, list | tuple) or not all(isinstance(each, str) for each in needed):
+        raise _broken(record, f"get_dependencies gives {needed!r}, which is not a list of texts")
+
+
+@contextmanager
+def _asking(record: ProviderRecord, method: str) -> Iterator[None]:
+    """Name the provider in whatever its method raises."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        raise _broken(record, f"{method} failed: {type(error).__name__}: {error}") from error
 
 
 def check_distribution(record: ProviderRecord) -> None:
@@ -71,7 +112,7 @@ def check_distribution(record: ProviderRecord) -> None:
     try:
         unmet = check_record(record)
     except InvalidRequirement as error:
-        raise _broken(record, f"its metadata is damaged: {error}") from error
+        raise _broken(record, f"its metadata is damaged: {' '.join(str(error).split())}") from error
     for one in unmet:
         if one.distribution == "apt-core":
             message = f"{record} is built for {one.requirement}; this is {one.installed}"
@@ -88,9 +129,7 @@ def check_dependencies(record: ProviderRecord, provider: type[Provider]) -> None
     try:
         unmet = check_requirements(provider.get_dependencies())
     except InvalidRequirement as error:
-        raise _broken(record, f"get_dependencies: {error}") from error
-    except Exception as error:
-        raise _broken(record, f"get_dependencies failed: {type(error).__name__}: {error}") from error
+        raise _broken(record, f"get_dependencies: {' '.join(str(error).split())}") from error
     if unmet:
         needs = ", and ".join(map(str, unmet))
         raise RequirementError(record.kind, record.name, f"{record} needs {needs}: {install_line(unmet)}")

@@ -2,7 +2,7 @@
 
 Running a file that a profile names is running a stranger's program, so it needs leave. A file is run only when
 1. the profile was given on the command line (or the caller of `Registry.allow_local_code` says so), and the file lies
-   in that profile's folder or below it, links followed; or
+   in that profile's folder or below it, links followed (a `base` names files as seen from its own folder); or
 2. ``--allow-local-code`` was given: then any file; a relative name is looked for in the profile's folder, then in the
    current one.
 A checkpoint holds a copy of the code that it was trained with (`kept_name`). Its profile is never given on the command
@@ -13,6 +13,7 @@ bytes that are run.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from apt.errors import ProviderBrokenError, ProviderDisabledError, ProviderNotFo
 
 _LOCAL = re.compile(r"(?P<file>[^\0\n]*\.py):(?P<attribute>[A-Za-z_]\w*)")
 _CODE = "__apt_code__"
+MODULE = "apt_local_"
+"""What the names of modules of local code begin with."""
 HOW = "give the profile on the command line from the folder that holds the file, or add --allow-local-code"
 
 
@@ -39,6 +42,15 @@ class LocalCode:
 def is_local(name: str) -> bool:
     """Whether a provider's name means code in a file."""
     return _LOCAL.fullmatch(name) is not None
+
+
+def seen_from(name: str, folder: Path, top: Path) -> str:
+    """The name of code in a file that a profile in `folder` says, as a profile in `top` would say it."""
+    match = _LOCAL.fullmatch(name)
+    if match is None or Path(match["file"]).is_absolute():
+        return name
+    path = os.path.relpath(folder / match["file"], top)
+    return f"{path if path.startswith('.') else f'./{path}'}:{match['attribute']}"
 
 
 def kept_name(name: str) -> str:
@@ -58,9 +70,10 @@ def read_local(kind: str, name: str, leave: LocalCode | None) -> tuple[ProviderR
         raise ProviderDisabledError(kind, name, f"{name}: code in a file is not run unasked; {HOW}")
     folder = leave.folder.resolve()
     path = (folder / match["file"]).resolve()
-    if leave.anywhere and not path.is_file():
+    if leave.anywhere:
+        # What a checkpoint keeps is what made its model, whatever has become of the file.
         kept = folder / kept_name(name)
-        path = kept if kept.is_file() else Path(match["file"]).resolve()
+        path = kept if kept.is_file() else path if path.is_file() else Path(match["file"]).resolve()
     if not leave.anywhere and not path.is_relative_to(folder):
         raise ProviderDisabledError(kind, name, f"{name}: {path} lies outside of {folder}; {HOW}")
     try:
@@ -81,7 +94,7 @@ def code_of(record: ProviderRecord) -> bytes:
 
 
 def _module_name(record: ProviderRecord) -> str:
-    return f"apt_local_{hashlib.sha256(record.path.encode()).hexdigest()[:8]}_{record.sha256[:12]}"
+    return f"{MODULE}{hashlib.sha256(record.path.encode()).hexdigest()[:8]}_{record.sha256[:12]}"
 
 
 def run_local(record: ProviderRecord, code: bytes) -> object:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import UnionType
-from typing import Annotated, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from apt.core.provider import Provider
@@ -79,6 +80,23 @@ def mistyped(model: type[BaseModel], options: Mapping[str, object]) -> list[Faul
         if name in options:
             faults += _mistyped(name, set(leaves(field.annotation)), options[name])
     return faults
+
+
+@functools.lru_cache(maxsize=256)
+def _adapter(model: type[BaseModel], name: str) -> TypeAdapter[object]:
+    field = model.model_fields[name]
+    ranged: Any = Annotated[field.annotation, field]
+    return TypeAdapter(ranged)
+
+
+def refused(model: type[BaseModel], name: str, value: object) -> str:
+    """What the option `name` of `model` has against `value`, in words; nothing where it takes it."""
+    try:
+        _adapter(model, name).validate_python(value)
+    except ValidationError as error:
+        message = error.errors(include_url=False)[0]["msg"]
+        return message[:1].lower() + message[1:]
+    return ""
 
 
 def _mistyped(where: str, wanted: set[object], value: object) -> list[Fault]:

@@ -223,9 +223,11 @@ def _flatten(values: Mapping[str, Value]) -> tuple[dict[str, object], list[Fault
 def to_choice(value: Value) -> Choice:
     """A provider as a profile asks for it: its name, or a mapping with `provider`. Raises `ValueError`."""
     if isinstance(value, str):
-        return Choice(provider=value)
+        value = {"provider": value}
     if not isinstance(value, dict):
         raise ValueError(f"{value!r} is not a provider; give a name, or {{provider: name, option: value}}")
+    if value.get("provider") == "":
+        raise ValueError("'' is no name of a provider; leave it out, or give one")
     provider, fallback = value.get("provider", ""), value.get("fallback", [])
     names = [fallback] if isinstance(fallback, str) else fallback
     if not isinstance(provider, str) or not isinstance(names, list) or not all(isinstance(each, str) for each in names):

@@ -311,7 +311,7 @@ class Registry:
             faults |= {fault.where: fault for fault in explain(error, found, options)}
         except AptError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             message = f"{record}: checking its options failed: {type(error).__name__}: {error}"
             raise ProviderBrokenError(kind, name, message) from error
         if faults:

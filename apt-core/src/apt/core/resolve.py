@@ -8,17 +8,18 @@ reads; that the tokenizer's ids fit the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from apt.core.config import APTConfig, Choice
+from apt.core.discovery import FILE, REGISTERED
 from apt.core.exclusions import find_conflicts
 from apt.core.hooks import HookRunner
-from apt.core.options import below, join, relative
+from apt.core.options import below, join, refused, relative
 from apt.core.provider import Provider
 from apt.core.providers import AttentionProvider, DataProvider, FFNProvider, LoggerProvider, Plugin, TokenizerProvider
-from apt.core.registry import Registry, Resolution
-from apt.core.schedules import SWITCH, Schedule
+from apt.core.registry import Registry, Resolution, record_of
+from apt.core.schedules import SWITCH, Ramp, Schedule, parse_entry
 from apt.errors import (
     Fault,
     FaultsError,
@@ -81,6 +82,30 @@ def _nested(where: str, value: object) -> Iterator[tuple[str, Provider]]:
             yield from _nested(join(where, str(index)), each)
 
 
+def _ends(value: str, given: object) -> dict[str, float]:
+    """Where a schedule begins and ends, each segment of it too, by dotted path; nothing where it is not well formed."""
+    try:
+        entry = parse_entry(value, given)
+    except ScheduleError:
+        return {}
+    if isinstance(entry, Ramp):
+        return {f"schedules.{value}.{end}": getattr(entry, end) for end in ("start", "end")}
+    inner = "" if isinstance(given, list) else "segments."
+    return {
+        f"schedules.{value}.{inner}{index}.{end}": getattr(segment, end)
+        for index, segment in enumerate(entry.segments)
+        for end in ("start", "end")
+    }
+
+
+def _source(provider: Provider) -> str:
+    """Who gave the names in it their meaning: a distribution, a file, or a module whose class was registered by hand."""
+    record = record_of(provider)
+    if record.distribution == FILE:
+        return record.path
+    return type(provider).__module__ if record.distribution == REGISTERED else record.distribution
+
+
 def _global() -> Registry:
     from apt.core.registry import registry
 
@@ -94,6 +119,8 @@ class _Resolver:
         self.config, self.registry = config, registry
         self.faults: list[Fault] = []
         self.resolutions: list[Resolution] = []
+        self.runners: dict[str, HookRunner] = {}
+        """One for each plugin, so that what it refuses is its own."""
         self.incomplete = False
         """Some provider could not be had, so it is not known which values there are to schedule."""
 
@@ -110,18 +137,21 @@ class _Resolver:
         self._add(providers, "tokenizer", "data.tokenizer", config.data.tokenizer)
         plugins = self._plugins()
         loggers = self._loggers()
-        scheduled: dict[str, Provider] = {}
+        offers: dict[str, list[Resolution]] = {}
         for resolution in self.resolutions:
             for value in resolution.provider.scheduled:
-                scheduled.setdefault(value, resolution.provider)
+                offers.setdefault(value, []).append(resolution)
+        scheduled = {value: each[0].provider for value, each in offers.items()}
         if whole:
             self._check_sizes(providers)
         self._check_exclusions()
         self._check_schedules(scheduled)
+        self._check_one_meaning(offers)
+        self._check_ranges(offers)
         self._check_architecture(providers.get("data"))
-        self._check_vocabulary(providers.get("tokenizer"))
+        self._check_vocabulary(providers.get("tokenizer"), whole)
         if whole and not self.faults:
-            self._ask(plugins)
+            self._ask()
         if self.faults:
             raise ProfileError(self.faults)
         return Resolved(providers, plugins, tuple(self.resolutions), loggers, scheduled)
@@ -160,7 +190,7 @@ class _Resolver:
             if not isinstance(plugin, Plugin):
                 continue
             try:
-                HookRunner({name: plugin})
+                self.runners[name] = HookRunner({name: plugin})
             except PluginError as error:
                 self.faults.append(Fault("plugins", str(error)))
             plugins[name] = plugin
@@ -177,11 +207,11 @@ class _Resolver:
             found.append(self._resolve("logger", named_at, choice, named_at))
         return tuple(each for each in found if isinstance(each, LoggerProvider))
 
-    def _ask(self, plugins: Mapping[str, Plugin]) -> None:
+    def _ask(self) -> None:
         """Let each plugin refuse what it cannot work with."""
-        for name, plugin in plugins.items():
+        for name, runner in self.runners.items():
             try:
-                HookRunner({name: plugin}).hook.apt_config_resolved(config=self.config)
+                runner.hook.apt_config_resolved(config=self.config)
             except FaultsError as error:
                 self.faults += error.faults
             except UserError as error:
@@ -196,9 +226,12 @@ class _Resolver:
         if isinstance(ffn, FFNProvider):
             self._try("model.ffn", lambda: ffn.get_parameter_count(config.d_model, config.d_ff))
 
-    def _try(self, where: str, count: Callable[[], int]) -> None:
+    def _try(self, where: str, count: Callable[[], object]) -> None:
+        who = record_of(next(each.provider for each in self.resolutions if each.where == where))
         try:
-            count()
+            number = count()
+            if not isinstance(number, int):
+                self.faults.append(Fault(where, f"{who}: get_parameter_count gives {number!r}, not a whole number"))
         except OptionsError as error:
             # A provider that knows where it stands in a profile may say so itself.
             self.faults += [
@@ -206,6 +239,9 @@ class _Resolver:
             ]
         except ValueError as error:
             self.faults.append(Fault(where, str(error)))
+        except Exception as error:  # noqa: BLE001  a package can raise anything, and its name is told
+            what = f"{who}: get_parameter_count failed: {type(error).__name__}: {error}"
+            self.faults.append(Fault(where, what))
 
     def _check_exclusions(self) -> None:
         used = [self.registry.used(resolution.where, resolution.provider) for resolution in self.resolutions]
@@ -237,6 +273,36 @@ class _Resolver:
                 hint = " ".join(filter(None, (nearest(key, scheduled), known)))
                 self.faults.append(Fault(where, "this model has no such value", hint))
 
+    def _check_one_meaning(self, offers: Mapping[str, Sequence[Resolution]]) -> None:
+        """Whether each scheduled value means one thing: what one distribution offers in several parts is one value."""
+        for value in self.config.schedules:
+            sources = {_source(each.provider): each for each in reversed(offers.get(value, ()))}
+            if len(sources) > 1:
+                first, *others = reversed(sources.values())
+                who = " and ".join(
+                    f"{each.kind}.{each.used} of {each.distribution} {each.version} (at {each.where})"
+                    for each in (first, *others)
+                )
+                hint = f"use one of them, or leave the schedule out: each has its own option for a {value} that stands still"
+                self.faults.append(Fault(f"schedules.{value}", f"two values have this name, of {who}", hint))
+
+    def _check_ranges(self, offers: Mapping[str, Sequence[Resolution]]) -> None:
+        """Whether a schedule stays where the option may be that stands for the value while nothing moves it.
+
+        That option has the name of the buffer that takes the value, or of the value, perhaps without its first word
+        (`capacity` for `moe_capacity`). Every shape stays between its ends.
+        """
+        for value, given in self.config.schedules.items():
+            for offer in {(each.kind, each.used): each for each in offers.get(value, ())}.values():
+                model = type(offer.provider)
+                named = (model.scheduled[value], value, value.partition("_")[2])
+                names = [name for name in named if name in model.model_fields]
+                ends = _ends(value, given) if names else {}
+                for where, end in ends.items():
+                    if reason := refused(model, names[0], end):
+                        hint = f"{offer.kind}.{offer.used} takes it as its option {names[0]}: {reason}"
+                        self.faults.append(Fault(where, f"{end:g} is not allowed", hint))
+
     def _check_architecture(self, data: Provider | None) -> None:
         """An encoder-decoder is trained on pairs, and only it; what calls the model with one text cannot be used with it."""
         config = self.config
@@ -267,7 +333,11 @@ class _Resolver:
         if "align" in config.plugins:
             self.faults.append(Fault("plugins", "'align' aligns states of one text, not of pairs", "leave it out"))
 
-    def _check_vocabulary(self, tokenizer: Provider | None) -> None:
+    def _check_vocabulary(self, tokenizer: Provider | None, whole: bool) -> None:
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id") if whole else ():
+            if (number := getattr(self.config, name)) >= self.config.vocab_size:
+                what = f"{number} is no id of a vocabulary of {self.config.vocab_size}"
+                self.faults.append(Fault(f"model.{name}", what, f"0 to {self.config.vocab_size - 1}"))
         if isinstance(tokenizer, TokenizerProvider) and (size := tokenizer.get_vocab_size()) > self.config.vocab_size:
             what = f"{self.config.vocab_size} is too small: the tokenizer {tokenizer.get_name()} has {size} ids"
             self.faults.append(Fault("model.vocab_size", what, f"give at least {size}, or leave it out"))

@@ -120,6 +120,9 @@ def _picture(name: str, course: Course, path: Path) -> Path:
     from matplotlib.figure import Figure
 
     shown = sorted((start, plugin) for plugin, start in course.switches.items() if start < course.length)
+    # Late ones have their names at the left; the latest stands highest, so that no line runs through a name.
+    left = [each for each in shown if each[0] >= 0.8 * course.length]
+    shown = [*reversed(left), *(each for each in shown if each not in left)]
     # A row for the names of the switches, one below the other, so that near ones do not cover each other.
     heights = [max(0.2, 0.2 * len(shown)), *[1.0] * max(1, len(course.lines))]
     figure = Figure(figsize=(8, 0.9 + 1.3 * sum(heights)), layout="constrained", dpi=150)
@@ -155,7 +158,7 @@ def _picture(name: str, course: Course, path: Path) -> Path:
     for row, (start, plugin) in enumerate(shown):
         y = 1 - (row + 0.5) / len(shown)
         names.plot((start, start), (y, 0), color=_INK, linewidth=0.8, linestyle=(0, (4, 3)))
-        right = start < 0.8 * course.length
+        right = (start, plugin) not in left
         names.annotate(
             f"{plugin} on from {course.unit} {start:,}",
             (start, y),
@@ -165,6 +168,7 @@ def _picture(name: str, course: Course, path: Path) -> Path:
             va="center",
             fontsize=8,
             color=_INK,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )
     names.set_ylim(0, 1)
     if not course.lines:
@@ -172,8 +176,11 @@ def _picture(name: str, course: Course, path: Path) -> Path:
     axes[-1].set_xlabel("\n".join((course.unit, *_notes(course))))
     axes[-1].set_xlim(0, course.length)
     axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    axes[-1].xaxis.set_major_formatter("{x:,.0f}")
+    figure.align_ylabels(axes)
     figure.suptitle(f"{name}: schedules", x=0.01, ha="left", fontsize=10, color=_INK)
-    figure.savefig(path)
+    # The same profile gives the same bytes.
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     return path
 
 
@@ -181,6 +188,9 @@ def _text(course: Course) -> str:
     lines: list[str] = []
     for name, line in course.lines.items():
         low, high = min(line.values), max(line.values)
+        if low == high:
+            lines += [f"{name}: {low:.4g} throughout", ""]
+            continue
         head = f"{name}: {line.values[0]:.4g} to {line.values[-1]:.4g} in the last {course.unit}"
         lines += [head, *_bars(_columns(course.length, line), low, high), ""]
     for start, plugin in sorted((start, plugin) for plugin, start in course.switches.items() if start < course.length):
@@ -211,7 +221,7 @@ def _columns(length: int, line: Line) -> list[float]:
 
 def _bars(columns: Sequence[float], low: float, high: float) -> list[str]:
     """Rows of blocks, the highest first, with the range at the left."""
-    span = (high - low) or 1.0
+    span = high - low
     filled = [round((value - low) / span * (8 * HEIGHT - 1)) + 1 for value in columns]
     rows: list[str] = []
     for row in reversed(range(HEIGHT)):

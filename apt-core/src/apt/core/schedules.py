@@ -50,6 +50,14 @@ class Ramp(BaseModel):
         length = total - self.warmup - self.cooldown
         return self._shaped(min(1.0, (position - self.warmup) / length), length)
 
+    def unreached(self, total: int) -> str:
+        """What a run of `total` units leaves out of it, in words; nothing where it comes to its end."""
+        if self.start == self.end or self.warmup + self.cooldown < total:
+            return ""
+        if self.cooldown:
+            return f"warmup {self.warmup} and cooldown {self.cooldown} leave no unit between them; it jumps to its end"
+        return f"its warmup of {self.warmup} is not over before, and it stays at {self.start:g}"
+
     def _shaped(self, p: float, length: int) -> float:
         start, end = self.start, self.end
         if self.type == "exp":
@@ -107,12 +115,22 @@ class Piecewise(BaseModel):
             begin = end
         return self.segments[-1].end
 
+    def unreached(self, total: int) -> str:
+        """The segments that a run of `total` units does not come to, in words; nothing where it comes to all."""
+        begins = [each.until for each in self.segments[:-1] if each.until is not None]
+        late = [begin for begin in begins if begin >= total]
+        return f"the segment that begins at {late[0]}, and what follows, is not reached" if late else ""
+
 
 def run_length(training: Training, steps_per_epoch: int) -> tuple[int, int]:
-    """Steps and epochs of a run: whichever limit comes first ends it."""
+    """Steps and epochs of a run, the last epoch perhaps not whole: whichever limit comes first ends it.
+
+    What is scheduled by epoch goes over these epochs, so it comes to its end in a run that `max_steps` cuts short, as
+    what is scheduled by step does.
+    """
     by_epochs = math.inf if training.max_epochs is None else training.max_epochs * steps_per_epoch
     max_steps = int(min(by_epochs, math.inf if training.max_steps is None else training.max_steps))
-    return max_steps, training.max_epochs or math.ceil(max_steps / steps_per_epoch)
+    return max_steps, math.ceil(max_steps / steps_per_epoch)
 
 
 def parse_entry(name: str, value: object) -> Ramp | Piecewise:
@@ -188,8 +206,10 @@ class Schedule:
         return [name for name in names if self.should_enable_plugin(name, epoch, step)]
 
     def list_unreached(self, max_steps: int | None, steps_per_epoch: int | None, max_epochs: int | None) -> list[str]:
-        """A line for each plugin that a run of this length ends before, as far as its length is known."""
+        """A line for each switch, value and segment that a run of this length ends before, as far as it is known."""
         lines = []
+        if max_steps is not None and steps_per_epoch is not None:
+            max_epochs = min(max_epochs or max_steps, math.ceil(max_steps / steps_per_epoch))
         for plugin, (unit, start) in self._switches.items():
             never = unit == "epoch" and max_epochs is not None and start >= max_epochs
             if max_steps is not None and (unit == "step" or steps_per_epoch is not None):
@@ -198,6 +218,10 @@ class Schedule:
                 lines.append(
                     f"schedules.enable_{plugin}_at_{unit}: {start} is not reached; {plugin} is never switched on"
                 )
+        for name, entry in self._params.items():
+            total = max_epochs if entry.by == "epoch" else max_steps
+            if total is not None and (what := entry.unreached(total)):
+                lines.append(f"schedules.{name}: the run has {total} {entry.by}s: {what}")
         return lines
 
     def get_param(

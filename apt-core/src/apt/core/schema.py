@@ -21,6 +21,8 @@ from apt.core.sections import Data
 from apt.errors import ProviderError
 
 Schema = dict[str, Any]  # JSON
+VARIABLE = r"\$\{\w+(:-[^}]*)?\}"
+_ANNOTATIONS = ("title", "description", "default", "deprecated")
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
@@ -49,32 +51,41 @@ class _Writer:
         sections: Schema = {name: self._object(section) for name, section in SECTIONS.items()}
         for old, new in RENAMED.items():
             sections["training"]["properties"][old] = properties[new]
-        top = {name: properties[name] for name in TOP if name != "schedules"}
+        sections |= {
+            "plugins": self._plugins(),
+            "model": self._model({name: properties[name] for name in MODEL}),
+            "schedules": self._schedules(),
+            "data": self._data(),
+            "extra": properties["extra"],
+        }
         schema = {
             "$schema": DIALECT,
             "title": "APT profile",
             "type": "object",
             "additionalProperties": False,
             "properties": {
-                **top,
+                **{name: properties[name] for name in TOP if name not in sections},
                 "base": {"type": "string", "description": "another profile to inherit from, seen from this file"},
-                "plugins": self._plugins(),
-                "model": self._model({name: properties[name] for name in MODEL}),
-                "schedules": self._schedules(),
-                "data": self._data(),
-                **sections,
+                # null takes an inherited section away, and so below.
+                **{name: _or_null(section) for name, section in sections.items()},
             },
             "$defs": self.defs,
         }
-        return schema, self.left_out
+        return {key: _with_variables(each) for key, each in schema.items()}, self.left_out
 
     def _load(self, kind: str, names: Iterable[str]) -> dict[str, type[Provider]]:
         found: dict[str, type[Provider]] = {}
         for name in names:
             try:
                 found[name] = self.registry.load(kind, name)
+                self._object(found[name])
             except ProviderError as error:
-                self.left_out.append(f"{kind}.{name}: {error}")
+                self.left_out.append(str(error))
+            except Exception as error:  # noqa: BLE001  a package can raise anything, and its name is told
+                del found[name]
+                self.left_out.append(
+                    f"{kind}.{name}: its options have no JSON Schema: {str(error).partition(chr(10))[0]}"
+                )
         return found
 
     def _object(self, model: type[Any]) -> Schema:
@@ -108,7 +119,6 @@ class _Writer:
         return {"anyOf": [*forms, inherited]}
 
     def _model(self, properties: Schema) -> Schema:
-        # null takes an inherited section away, below as in the schedules.
         kinds = {kind: {"anyOf": [{"$ref": f"#/$defs/{kind}"}, {"type": "null"}]} for kind in KINDS}
         names = {
             f"{kind}_name": {"enum": [*self.classes.get(kind, {}), *(["none"] if kind == "retrieval" else [])]}
@@ -156,13 +166,14 @@ class _Writer:
     def _schedules(self) -> Schema:
         entry = {"anyOf": [self._object(model) for model in (Ramp, Piecewise)]}
         entry["anyOf"] += [{"type": "array", "items": self._object(Segment), "minItems": 1}, {"type": "null"}]
-        values = {
-            value: f"{kind}.{name}"
-            for kind, classes in self.classes.items()
-            for name, provider in classes.items()
-            for value in provider.scheduled
+        readers: dict[str, list[str]] = {}
+        for kind, classes in self.classes.items():
+            for name, provider in classes.items():
+                for value in provider.scheduled:
+                    readers.setdefault(value, []).append(f"{kind}.{name}")
+        properties: Schema = {
+            value: {**entry, "description": f"read by {', '.join(who)}"} for value, who in readers.items()
         }
-        properties: Schema = {name: {**entry, "description": f"read by {who}"} for name, who in values.items()}
         for plugin in self.classes.get("plugin", {}):
             for unit in ("epoch", "step"):
                 properties[f"enable_{plugin}_at_{unit}"] = {
@@ -195,6 +206,34 @@ _FALLBACK: Schema = {
     "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
     "description": "what may stand in, in order",
 }
+
+
+def _or_null(schema: Schema) -> Schema:
+    if "anyOf" in schema:
+        return {**schema, "anyOf": [*schema["anyOf"], {"type": "null"}]}
+    return {**schema, "type": [schema["type"], "null"]}
+
+
+def _with_variables(value: Any) -> Any:
+    """The schema with ``${NAME}`` beside every value that is not any text: its type is known when the profile is read."""
+    if isinstance(value, list):
+        return [_with_variables(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    kinds = value.get("type", [])
+    kinds = {kinds} if isinstance(kinds, str) else set(kinds) if isinstance(kinds, list) else set()
+    if isinstance(value.get("enum"), list):
+        kept = {key: each for key, each in value.items() if key in _ANNOTATIONS}
+        rest = {key: each for key, each in value.items() if key not in kept}
+        return {"anyOf": [rest, {"type": "string", "pattern": VARIABLE}], **kept}
+    if kinds & {"integer", "number", "boolean"}:
+        # `pattern` speaks of text alone, as `minimum` of numbers.
+        return {**value, "type": [*sorted(kinds), "string"], "pattern": VARIABLE}
+    if kinds == {"string"} and "pattern" in value:
+        return {**value, "pattern": f"{value['pattern']}|{VARIABLE}"}
+    return {
+        key: each if key in ("default", "const", "required") else _with_variables(each) for key, each in value.items()
+    }
 
 
 def _referring(value: Any) -> Any:

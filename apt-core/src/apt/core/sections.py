@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, PlainSerializer, WithJsonSchema
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
 MINUTES = r"^\d+(\.\d+)? ?min$"
 
 
@@ -40,8 +41,8 @@ class Training(Section):
     optimizer: Literal["adamw", "muon"] = Field(
         default="adamw", description="muon: for the matrices of blocks, and adamw for all else"
     )
-    betas: tuple[float, float] = (0.9, 0.95)
-    seed: int = Field(default=0, ge=0)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     save_every: Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=MINUTES)] | None = Field(
@@ -135,7 +136,7 @@ class Hardware(Section):
         gt=0,
         description="floating-point operations a second of one device, to say which share is used; none: known GPUs' own",
     )
-    threads: int | None = Field(default=None, ge=1, description="CPU threads; none: PyTorch's choice")
+    threads: int | None = Field(default=None, ge=1, le=4096, description="CPU threads; none: PyTorch's choice")
     matmul: Literal["strict", "auto"] = Field(
         default="strict",
         description="how products are computed: strict, by PyTorch's defaults; auto, by what is fastest on this machine and as "

@@ -107,8 +107,8 @@ def parse_scalar(text: str) -> Value:
 
 
 def parse_value(text: str) -> Value:
-    """A value from the command line: any YAML, flow style included."""
-    return read_text(f"value: {text}", "value").values["value"]
+    """A value from the command line: any YAML, flow style included; nothing is null."""
+    return None if not text.strip() else read_text(f"value: {text}", "value").values["value"]
 
 
 def _is_too_large(value: Value) -> bool:
@@ -158,6 +158,9 @@ class _Reader:
             self._key = event.value
             return
         plain = not event.style  # None from the Python parser, '' from the C one
+        if plain and not event.value and len(self._open) == 1:
+            hint = "leave it out, or write null to take away what is inherited"
+            raise self._fault(event, f"nothing follows {self._key!r}", hint)
         text = self._substitute(event) if "${" in event.value and event.style != "'" else event.value
         value = parse_scalar(text) if plain else text
         if _is_too_large(value):
@@ -178,7 +181,9 @@ class _Reader:
                 )
             return found
 
-        return _VARIABLE.sub(value, event.value)
+        # Behind the last brace nothing ends, and every beginning there would be searched for its end.
+        end = event.value.rfind("}") + 1
+        return _VARIABLE.sub(value, event.value[:end]) + event.value[end:]
 
     def _begin(self, event: yaml.NodeEvent, holder: dict[str, Value] | list[Value]) -> None:
         if getattr(event, "tag", None) is not None:

@@ -13,8 +13,9 @@ from apt.core.provider import Provider
 from apt.core.providers import AlignProvider, AttentionProvider, FFNProvider, RetrievalProvider, RouterProvider
 from apt.core.registry import Registry
 from apt.core.registry import registry as installed
+from apt.core.resolution import record_of
 from apt.core.resolve import Resolved, resolve_config
-from apt.errors import UserError
+from apt.errors import ProviderBrokenError, UserError
 from apt.modeling.block import TransformerBlock
 from apt.modeling.encoder_decoder import EncoderDecoder
 from apt.modeling.model import Decoder
@@ -221,5 +222,6 @@ def _given(value: T | None, otherwise: T) -> T:
 
 def _module(layer: object, provider: Provider) -> nn.Module:
     if not isinstance(layer, nn.Module):
-        raise TypeError(f"{provider.kind}.{provider.get_name()} made a {type(layer).__name__}, not an nn.Module")
+        message = f"{record_of(provider)} made a {type(layer).__name__}, not an nn.Module"
+        raise ProviderBrokenError(provider.kind, provider.get_name(), message)
     return layer

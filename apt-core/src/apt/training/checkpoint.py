@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ from apt.core.providers import Tokenizer, TokenizerProvider
 from apt.core.resolution import record_of
 from apt.core.resolve import Resolved, resolve_config
 from apt.core.special import SpecialIds
-from apt.errors import CheckpointError
+from apt.errors import CheckpointError, LockWarning
 from apt.hookspecs import RunState
 from apt.layers.sharded import local
 from apt.modeling.compose import ModelBuilder
@@ -307,6 +308,7 @@ def verify(folder: Path) -> None:
 def load_run(path: Path | str, *, allow_local_code: bool = False, strict_lock: bool = False) -> LoadedRun:
     """The model of a run or checkpoint, on the CPU, in evaluation mode, with what was switched on.
 
+    Where its providers are not those that made it, a `LockWarning` says in what; with `strict_lock` that is an error.
     Raises `CheckpointError` where it is missing or damaged, `ProfileError` where its providers cannot be had.
     """
     folder = find_checkpoint(Path(path))
@@ -314,7 +316,8 @@ def load_run(path: Path | str, *, allow_local_code: bool = False, strict_lock: b
     saved = read_saved(folder)
     config = read_resolved(folder / PROFILE, allow_local_code=allow_local_code).config
     resolved = resolve_config(config)
-    check_lock(Lock.from_dict(saved["lock"]), make_lock(resolved), strict=strict_lock)
+    for fault in check_lock(Lock.from_dict(saved["lock"]), make_lock(resolved), strict=strict_lock):
+        warnings.warn(f"{folder}: {fault}", LockWarning, stacklevel=2)
     model = ModelBuilder(config, resolved=resolved).build_model()
     load_weights(folder, model)
     state = read_state(saved)
