@@ -98,7 +98,7 @@ def derive_run(
     told = Parent(str(run.folder.parent), run.folder.name, run.state.step, manifest, tuple(changes))
     parent = {**asdict(told), "changes": list(changes)}
     to_new_folder(out).mkdir(parents=True, exist_ok=True)
-    (out / PROFILE).write_text(dump_resolved(config, resolved))
+    (out / PROFILE).write_text(dump_resolved(config, resolved), encoding="utf-8")
     parameters = sum(each.numel() for each in run.model.parameters())
     write_record(out, config, resolved, text, parameters, parent=parent)
     metrics = Metrics(out, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import json
 import os
 import shlex
@@ -102,6 +103,21 @@ def test_a_file_is_no_folder_for_a_run(capsys: pytest.CaptureFixture[str], profi
     code, _, err = run(capsys, "train", "-p", profile_file, "--out", taken)
     assert (code, err) == (2, f"error: {taken}: is a file; give a folder as --out\n")
     assert taken.read_text() == "mine"
+
+
+def test_a_terminal_that_knows_few_characters_gets_the_others_by_number(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", ascii_only)
+    assert main(["generate", str(trained), "--prompt", "é", "--max-new-tokens", "5"]) == 0
+    assert ascii_only.buffer.getvalue().startswith(rb"\xe9")  # type: ignore[attr-defined]
+
+
+def test_going_on_needs_to_know_with_which_run(capsys: pytest.CaptureFixture[str], profile_file: Path) -> None:
+    code, out, err = run(capsys, "train", "-p", profile_file, "--resume", "auto")
+    assert (code, out) == (2, "")
+    assert "--resume auto: says not which run to go on with; give its folder as --out" in err
 
 
 def test_what_is_refused_prints_nothing_else(capsys: pytest.CaptureFixture[str], trained: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from apt.core.config import APTConfig, Training
-from apt.core.schedules import Piecewise, Ramp, Schedule, run_length
+from apt.core.schedules import Piecewise, Ramp, Schedule, list_unfinished, run_length
 from apt.errors import ScheduleError
 
 ROUTE = {"start": 1.5, "end": 0.8, "by": "epoch"}
@@ -160,6 +160,13 @@ def test_a_value_that_the_run_ends_before_is_told(
     lines = Schedule({"x": entry}).list_unreached(*length)
     assert len(lines) == bool(told)
     assert told in "".join(lines)
+
+
+def test_a_warm_up_that_the_run_ends_before_is_told() -> None:
+    config = APTConfig(warmup_steps=300)
+    assert list_unfinished(config, None) == list_unfinished(config, 300) == []
+    (line,) = list_unfinished(config, 299)
+    assert line.startswith("training.warmup_steps: 300 steps, and the run ends after 299")
 
 
 def test_two_lines_for_one_switch_contradict() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,6 +89,38 @@ def test_sampling_keeps_to_its_limits() -> None:
     assert drawn(top_p=0.6) == {0, 1}
     assert drawn(top_p=0.5) == {0}
     assert drawn(top_p=1e-9) == {0}
+
+
+def test_temperature_and_the_limits_shape_the_shares() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
+
+    def shares(**options: float) -> torch.Tensor:
+        drawn = Sampling(**options).draw(logits.expand(20000, 4), generator)  # type: ignore[arg-type]
+        return drawn.flatten().bincount(minlength=4) / len(drawn)
+
+    for temperature in (0.5, 1.0, 2.0):
+        right = (logits[0] / temperature).softmax(-1)
+        torch.testing.assert_close(shares(temperature=temperature), right, atol=0.02, rtol=0)
+    kept = torch.tensor([0.5, 0.3, 0, 0]) / 0.8
+    torch.testing.assert_close(shares(top_p=0.6), kept, atol=0.02, rtol=0)
+    torch.testing.assert_close(shares(top_k=2), kept, atol=0.02, rtol=0)
+    # Heat comes first: at temperature 2 the two likeliest hold 0.65, and three are needed for 0.7.
+    assert shares(temperature=2.0, top_p=0.7)[2] > 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"max_new_tokens": -1}, "max_new_tokens: -1 is not allowed; 0 or more"),
+        ({"seed": -1}, "seed: -1 is not allowed; from 0"),
+        ({"seed": 2**70}, "seed: 1180591620717411303424 is not allowed"),
+        ({"prompt": "a\udcff"}, r"the prompt holds '\\udcff', half of a character; write it in UTF-8"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_refused(model: Decoder, asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        generate(model, TOKENIZER, **({"prompt": "x"} | asked))
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,36 @@ def test_logits_are_causal(model: Decoder) -> None:
         assert torch.equal(model(changed).logits[:, :t], right[:, :t])
 
 
+def test_a_block_adds_what_attention_and_ffn_make_of_its_normed_input(builder: ModelBuilder) -> None:
+    torch.manual_seed(0)
+    block = builder.build_block()
+    for norm in (block.attention_norm, block.ffn_norm):
+        torch.nn.init.uniform_(norm.weight, 0.5, 2.0)
+    x = 3 * torch.randn(2, 5, 16) + 1
+    y = x + block.attention(block.attention_norm(x), causal=True)
+    torch.testing.assert_close(block(x).output, y + block.ffn(block.ffn_norm(y)))
+
+
+def test_dropout_is_of_what_is_added_and_of_attention_s_weights(profile_file: Path) -> None:
+    def build(*sets: str) -> ModelBuilder:
+        loaded = load_profile(profile_file, sets=sets)
+        return ModelBuilder(loaded.config, resolved=loaded.resolved)
+
+    x = torch.randn(2, 5, 16)
+    block = build("model.dropout=0.999999").build_block().train()
+    assert torch.equal(block(x).output, x)
+    assert not torch.equal(block.eval()(x).output, x)
+    block = build("model.attention_dropout=0.5").build_block().train()
+    assert not torch.equal(block(x).output, block(x).output)
+
+
+def test_the_last_state_is_normed_before_the_head(model: Decoder) -> None:
+    output = model(tokens())
+    torch.testing.assert_close(output.hidden.mean(-1), torch.zeros(2, 12), atol=1e-5, rtol=0)
+    torch.testing.assert_close(output.hidden.var(-1, correction=0), torch.ones(2, 12), atol=1e-2, rtol=0)
+    torch.testing.assert_close(output.logits, output.hidden @ model.embedding.weight.T)
+
+
 def test_reading_with_a_cache_is_reading_at_once(model: Decoder) -> None:
     cache = model.create_cache(2)
     parts = [model(each, cache=cache).logits for each in torch.split(tokens(), [5, 1, 1, 5], 1)]

@@ -85,7 +85,10 @@ class Watch(Plugin):
     stumble: str = ""
     _calls: list[str] = PrivateAttr(default_factory=list)
     _gains: list[float] = PrivateAttr(default_factory=list)
+    _norms: list[float] = PrivateAttr(default_factory=list)
+    _rates: list[float] = PrivateAttr(default_factory=list)
     _model: Any = PrivateAttr(default=None)
+    _optimizer: Any = PrivateAttr(default=None)
 
     def _note(self, name: str) -> None:
         self._calls.append(name)
@@ -98,7 +101,8 @@ class Watch(Plugin):
         self._note("model_built")
 
     @hookimpl
-    def apt_training_start(self, state):
+    def apt_training_start(self, state, optimizer):
+        self._optimizer = optimizer
         self._note("training_start")
 
     @hookimpl
@@ -128,11 +132,14 @@ class Watch(Plugin):
         return {"z": 1e-4 * output.logits.square().mean()}
 
     @hookimpl
-    def apt_gradients_ready(self, state):
+    def apt_gradients_ready(self, state, model):
+        grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        self._norms.append(nn.utils.get_total_norm(grads).item())
         self._note("gradients_ready")
 
     @hookimpl
     def apt_step_end(self, state, metrics):
+        self._rates += {group["lr"] for group in self._optimizer.param_groups}
         self._note("step_end")
         metrics["own"] = float(state.step)
 
@@ -192,6 +199,34 @@ def test_the_metrics_hold_what_the_contract_says(profile_file: Path, tmp_path: P
     held_out = [event for event in events if event["event"] == "evaluation"]
     assert [event["step"] for event in held_out] == [4, 8]
     assert all(event["bits_per_byte"] > 0 for event in held_out)
+
+
+def test_each_step_has_its_learning_rate_and_a_gradient_within_the_limit(profile_file: Path, tmp_path: Path) -> None:
+    sets = [*WATCHED, "schedules.enable_watch_at_epoch=0", "training.gradient_clip=0.01", "training.lr_schedule=linear"]
+    result = train(profile_file, tmp_path / "run", *sets, "training.min_lr_ratio=0.5")
+    watch = result.resolved.plugins["watch"]
+    assert watch._norms == pytest.approx([0.01] * 8, rel=1e-3)  # type: ignore[attr-defined]
+    rates = [1.5e-3, 3e-3, *(3e-3 - 1.5e-3 * step / 6 for step in range(6))]
+    assert watch._rates == pytest.approx(rates)  # type: ignore[attr-defined]
+    told = [event for event in read_metrics(tmp_path / "run") if event["event"] == "train"]
+    assert [event["learning_rate"] for event in told] == pytest.approx(rates)
+    assert all(event["gradient_norm"] > 0.01 for event in told)
+
+
+def test_the_seed_decides_the_weights_and_the_order_of_the_text(profile_file: Path, tmp_path: Path) -> None:
+    sets = ("training.max_epochs=1", "training.steps_per_epoch=2")
+
+    def loss_and_weights(name: str, seed: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+        model = train(profile_file, tmp_path / name, *sets, f"training.seed={seed}").model
+        told = read_metrics(tmp_path / name)
+        return [event["loss"] for event in told if event["event"] == "train"], model.state_dict()
+
+    (one, weights), (same, again), (other, changed) = (
+        loss_and_weights(*each) for each in (("a", 1), ("b", 1), ("c", 2))
+    )
+    assert one == same != other
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    assert not torch.equal(weights["embedding.weight"], changed["embedding.weight"])
 
 
 def test_hooks_come_in_order_and_a_switch_is_told_to_its_plugin(profile_file: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import sys
 import traceback
@@ -67,6 +68,9 @@ OF_THE_USER = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A model writes any character, also where the terminal has no picture of it.
+        sys.stdout.reconfigure(errors="backslashreplace")
     warnings.showwarning = _show_warning
     try:
         parser = build_parser()

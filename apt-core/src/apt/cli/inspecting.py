@@ -329,7 +329,7 @@ def _align_cost(cost: Estimate) -> str:
 
 def _print_plan(profile: Profile) -> None:
     """When each plugin is switched on, and where each scheduled value goes."""
-    from apt.core.schedules import Schedule
+    from apt.core.schedules import Schedule, list_unfinished, run_length
 
     schedule = Schedule(profile.config)
     for plugin in profile.config.plugins:
@@ -338,7 +338,11 @@ def _print_plan(profile: Profile) -> None:
     for name, entry in schedule.params.items():
         print(f"{name}: {_course(entry)}")
     training = profile.config.training
-    for line in schedule.list_unreached(training.max_steps, training.steps_per_epoch, training.max_epochs):
+    unreached = schedule.list_unreached(training.max_steps, training.steps_per_epoch, training.max_epochs)
+    steps = training.max_steps
+    if training.steps_per_epoch is not None:
+        steps, _ = run_length(training, training.steps_per_epoch)
+    for line in (*unreached, *list_unfinished(profile.config, steps)):
         print(f"warning: {line}", file=sys.stderr)
     if profile.config.plugins or schedule.params:
         print()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from apt.cli.options import add_changes, add_profile_options, print_notes, read_profile
 from apt.cli.show import called_as, print_providers
+from apt.errors import UserError
 
 if TYPE_CHECKING:
     from apt.core.hooks import HookRunner
@@ -152,6 +153,8 @@ def _add_strict_lock(parser: argparse.ArgumentParser) -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
     _let_one_rank_speak()
+    if arguments.resume == "auto" and arguments.out is None:
+        raise UserError("--resume auto: says not which run to go on with; give its folder as --out, or --resume PATH")
     profile = read_profile(arguments)
     out = arguments.out or _default_out(profile.config.name, arguments.resume)
     return _run(profile, out, resume=arguments.resume, strict_lock=arguments.strict_lock)
@@ -225,7 +228,7 @@ def _run(
             state=result.state,
         )
         text = evaluation.sample_prompt + sample.text
-        (result.folder / "sample.txt").write_text(text)
+        (result.folder / "sample.txt").write_text(text, encoding="utf-8")
         print(f"\nsample:\n{text}")
     print(f"\nrun:  {result.folder}")
     if result.plot is not None:

@@ -133,6 +133,16 @@ def run_length(training: Training, steps_per_epoch: int) -> tuple[int, int]:
     return max_steps, math.ceil(max_steps / steps_per_epoch)
 
 
+def list_unfinished(config: APTConfig, max_steps: int | None) -> list[str]:
+    """A line where a run of so many steps ends before its learning rate is up, as far as its length is known."""
+    if max_steps is None or config.warmup_steps <= max_steps:
+        return []
+    what = (
+        f"{config.warmup_steps} steps, and the run ends after {max_steps}; the learning rate never reaches its height"
+    )
+    return [f"training.warmup_steps: {what}"]
+
+
 def parse_entry(name: str, value: object) -> Ramp | Piecewise:
     """The schedule of one value. Raises `ScheduleError` with every fault of it."""
     given = {"segments": value} if isinstance(value, list | tuple) else value

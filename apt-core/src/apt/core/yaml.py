@@ -88,7 +88,9 @@ def read_text(text: str, name: str) -> Source:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = str(Origin(name, mark.line + 1, mark.column + 1)) if mark else name
-        raise ProfileError([Fault(where, getattr(error, "problem", None) or str(error))]) from error
+        before = text.split("\n")[mark.line][: mark.column + 1] if mark and mark.line <= text.count("\n") else ""
+        hint = "YAML is indented with spaces, and here is a tab" if before.lstrip(" ").startswith("\t") else ""
+        raise ProfileError([Fault(where, getattr(error, "problem", None) or str(error), hint)]) from error
     if not isinstance(reader.root, dict):
         raise ProfileError([Fault(name, "holds no mapping", "a profile begins with a line such as `name: mine`")])
     return Source(reader.root, reader.origins)

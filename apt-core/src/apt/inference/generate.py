@@ -13,6 +13,7 @@ from torch import Tensor
 from apt.core.hooks import HookRunner
 from apt.core.providers import Tokenizer
 from apt.core.special import SpecialIds
+from apt.errors import UserError
 from apt.hookspecs import NextToken, Prompt, RunState
 from apt.inference.context import Context
 from apt.inference.prepare import folded
@@ -65,7 +66,7 @@ def generate(
     """Go on from `prompt` until a document ends or `max_new_tokens` were drawn; of an encoder-decoder it is the source.
 
     The same seed gives the same text and touches no other random state. `show` is called with each new piece of text.
-    Raises `UserError` for sampling values out of range.
+    Raises `UserError` for sampling values out of range, and for a prompt that is no UTF-8.
     """
     sampling = Sampling(temperature, top_k, top_p)
     return _generate(model, tokenizer, [prompt], max_new_tokens, sampling, seed, special, hooks, state, show)[0]
@@ -105,6 +106,10 @@ def _generate(
     state: RunState,
     show: Callable[[str], None] | None,
 ) -> list[Generation]:
+    if max_new_tokens < 0:
+        raise UserError(f"max_new_tokens: {max_new_tokens} is not allowed; 0 or more")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed: {seed} is not allowed; from 0 to 2**63 - 1")
     if not prompts:
         return []
     hooks = HookRunner() if hooks is None else hooks
@@ -113,7 +118,9 @@ def _generate(
         hooks.hook.apt_prompt_prepare(prompt=event)
     device = model.embedding.weight.device
     start = [] if special.start is None or isinstance(model, EncoderDecoder) else [special.start]
-    rows = [Row([*start, *tokenizer.encode(event.text)], torch.Generator(device).manual_seed(seed)) for event in events]
+    rows = [
+        Row([*start, *_encode(tokenizer, event.text)], torch.Generator(device).manual_seed(seed)) for event in events
+    ]
     stream = TextStream(tokenizer)
     with inference(model):
         texts = [row.read for row in rows]
@@ -134,6 +141,14 @@ def _generate(
         left_out = max(0, len(row.read) - model.max_seq_len)
         results.append(Generation(text, tuple(row.written), tuple(event.sources), left_out))
     return results
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> Sequence[int]:
+    try:
+        return tokenizer.encode(text)
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise UserError(f"the prompt holds {half!a}, half of a character; write it in UTF-8") from error
 
 
 def draw(

@@ -105,13 +105,13 @@ def _profile(source: Source, out: Path, form: Format, sets: Sequence[str]) -> Pr
         "data": {"source": "stdlib", "tokenizer": tokenizer},
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / PROFILE).write_text(yaml.dump(cast("dict[str, Value]", document)))
+    (out / PROFILE).write_text(yaml.dump(cast("dict[str, Value]", document)), encoding="utf-8")
     try:
         profile = load_profile(out / PROFILE, sets=sets)
     except UserError:
         (out / PROFILE).unlink()
         raise
-    (out / PROFILE).write_text(yaml.dump(profile.values))
+    (out / PROFILE).write_text(yaml.dump(profile.values), encoding="utf-8")
     return profile
 
 

@@ -22,6 +22,7 @@ from apt.core.lock import Lock, check_lock, make_lock
 from apt.core.profile import dump_resolved, to_profile
 from apt.core.providers import Tokenizer
 from apt.core.resolve import Resolved, resolve_config
+from apt.core.schedules import list_unfinished
 from apt.data.batches import windows
 from apt.errors import AptError, CheckpointError, NotFiniteError
 from apt.hookspecs import RunState
@@ -138,7 +139,7 @@ class Trainer:
         is_new = self.start.checkpoint is None or self.start.is_branch
         if ranks.is_main:
             self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / PROFILE).write_text(dump_resolved(self.config, self.resolved))
+            (self.out / PROFILE).write_text(dump_resolved(self.config, self.resolved), encoding="utf-8")
             if is_new:
                 write_record(
                     self.out,
@@ -199,7 +200,7 @@ class Trainer:
             config, self.hooks, self.model, self.optimizer, parts.buffers, self._measure, self._certified
         )
         unreached = self.phases.schedule.list_unreached(parts.max_steps, parts.steps_per_epoch, parts.max_epochs)
-        for line in unreached:
+        for line in (*unreached, *list_unfinished(config, parts.max_steps)):
             self._warn(line)
         if self.start.checkpoint is not None:
             self._go_on(self.start.checkpoint)

@@ -1,0 +1,60 @@
+"""Proof of use: what is on has run and got finite gradients, or is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from apt.core.profile import load_profile
+from apt.errors import ProofOfUseError
+from apt.hookspecs import RunState
+from apt.modeling.compose import ModelBuilder
+from apt.modeling.model import Decoder
+from apt.training.proof import ProofOfUse
+
+STATE = RunState(0, 0, 8, 2)
+
+
+@pytest.fixture
+def model(profile_file: Path) -> Decoder:
+    profile = load_profile(profile_file)
+    return ModelBuilder(profile.config, resolved=profile.resolved).build_model()
+
+
+def prove(model: Decoder, *, run: bool = True, spoil: float | None = None) -> ProofOfUse:
+    proof = ProofOfUse(model)
+    due = proof.due(STATE)
+    assert len(due) == 4
+    proof.watch(due)
+    loss = model(torch.randint(3, 259, (2, 8))).logits.square().mean() if run else model.embedding.weight.sum()
+    loss.backward()
+    if spoil is not None:
+        grad = model.blocks[1].ffn.up.weight.grad
+        assert grad is not None
+        grad[0, 0] = spoil
+    proof.check(due, STATE, ["loss"])
+    return proof
+
+
+def test_what_ran_and_learns_is_not_asked_again(model: Decoder) -> None:
+    assert prove(model).due(STATE) == []
+
+
+@pytest.mark.parametrize("spoil", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_is_named(model: Decoder, spoil: float) -> None:
+    with pytest.raises(
+        ProofOfUseError,
+        match=r"ffn.default \(apt-core .*\), blocks.1.ffn: the gradient of its parameter up.weight is not finite",
+    ):
+        prove(model, spoil=spoil)
+
+
+def test_every_part_that_did_not_run_is_named(model: Decoder) -> None:
+    with pytest.raises(ProofOfUseError) as caught:
+        prove(model, run=False)
+    assert [line.split()[3] for line in str(caught.value).splitlines()[1:]] == [
+        *("blocks.0.attention:", "blocks.0.ffn:", "blocks.1.attention:", "blocks.1.ffn:"),
+    ]
+    assert str(caught.value).count("its module did not run") == 4
