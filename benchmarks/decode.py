@@ -1,16 +1,18 @@
 """Writing a token at a time beside Hugging Face transformers: 124 M parameters of Llama's shape, batch 1, on the CPU.
 
-    python benchmarks/decode.py --peer OTHER/bin/python [--rounds 5] [--tokens 48]
+    python benchmarks/decode.py --peer OTHER/bin/python [--rounds 5] [--tokens 16] [--only "ours int8" "HF fp32 dynamic"]
 
 `OTHER/bin/python` is an interpreter with `pip install torch transformers`; this one has apt-core. Each contender is a process of
-its own that stays; they are measured in turn, round after round, and medians are printed, so that a busy machine is busy for all.
-Both sides run their own `generate`, greedy. A token's time is (N + 1 tokens - 1 token) / N; the first token's is that of a prompt
-of 1,024.
+its own that stays; they are measured in turn, round after round, so that a busy machine is busy for all. Both sides run their own
+`generate`, greedy, and note when each token comes. Printed are the median and the fastest tenth of the times between tokens, and
+the same of the time to the first token of a prompt of 1,024. On a machine that others use too the fastest tenth says more.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import statistics
 import subprocess
 import sys
@@ -18,7 +20,11 @@ import time
 
 SHAPE = {"vocab": 50304, "d_model": 768, "d_ff": 2048, "layers": 12, "heads": 12, "context": 2048}
 SHORT, LONG = 32, 1024
-OURS = {"ours fp32": ("fp32", None), "ours bf16": ("bf16", None), "ours int8": ("fp32", "int8")}
+OURS = {
+    f"ours {bits}{' compiled' * compiled}": (dtype, quantize, compiled)
+    for bits, dtype, quantize in (("fp32", "fp32", None), ("bf16", "bf16", None), ("int8", "fp32", "int8"))
+    for compiled in (False, True)
+}
 THEIRS = {
     "HF fp32 dynamic": ("float32", None),
     "HF fp32 static": ("float32", "static"),
@@ -28,7 +34,7 @@ THEIRS = {
 
 
 def ours(name: str):
-    """A function (prompt length, new tokens) that writes with apt-core."""
+    """A function (prompt length, new tokens) that writes with apt-core and says when each token came."""
     import torch
 
     from apt.core.config import APTConfig
@@ -44,7 +50,7 @@ def ours(name: str):
             return [int(word) for word in text.split()]
 
         def decode(self, ids):
-            return " ".join(map(str, ids))
+            return "".join(f"{each} " for each in ids)
 
     torch.manual_seed(0)
     config = APTConfig(
@@ -59,14 +65,24 @@ def ours(name: str):
         ffn_name="swiglu",
     )
     model = ModelBuilder(config).build_model()
-    dtype, quantize = OURS[name]
-    prepare(model, dtype=dtype, quantize=quantize)
+    dtype, quantize, compiled = OURS[name]
+    prepare(model, dtype=dtype, quantize=quantize, compiled=compiled)
     nothing = SpecialIds(start=None, stop=frozenset())
 
-    def write(length: int, count: int) -> None:
+    def write(length: int, count: int) -> list[float]:
         prompt = " ".join(str(each % 1000 + 3) for each in range(length))
-        result = generate(model, Ids(), prompt, max_new_tokens=count, temperature=0, special=nothing)
-        assert len(result.tokens) == count
+        times: list[float] = []
+        result = generate(
+            model,
+            Ids(),
+            prompt,
+            max_new_tokens=count,
+            temperature=0,
+            special=nothing,
+            show=lambda _: times.append(time.perf_counter()),
+        )
+        assert len(result.tokens) == len(times) == count
+        return times
 
     return write
 
@@ -75,6 +91,7 @@ def theirs(name: str):
     """The same with transformers."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.generation import BaseStreamer
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -93,8 +110,19 @@ def theirs(name: str):
     model = LlamaForCausalLM(config).eval().to(getattr(torch, dtype))
     more = {} if cache is None else {"cache_implementation": cache}
 
-    def write(length: int, count: int) -> None:
+    class Clock(BaseStreamer):
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def put(self, value) -> None:
+            self.times.append(time.perf_counter())
+
+        def end(self) -> None:
+            pass
+
+    def write(length: int, count: int) -> list[float]:
         ids = torch.tensor([[each % 1000 + 3 for each in range(length)]])
+        clock = Clock()
         with torch.inference_mode():
             out = model.generate(
                 ids,
@@ -102,30 +130,56 @@ def theirs(name: str):
                 max_new_tokens=count,
                 min_new_tokens=count,
                 do_sample=False,
+                streamer=clock,
                 **more,
             )
         assert out.shape[1] == length + count
+        return clock.times[1:]  # the prompt is put first
 
     return write
 
 
 def work(name: str) -> None:
-    """Answer `length count` lines with seconds."""
+    """Answer `length count` lines with the seconds from the start to each token."""
     write = ours(name) if name in OURS else theirs(name)
-    write(SHORT, 2)
+    write(SHORT, 4)
     print("ready", flush=True)
     for line in sys.stdin:
         length, count = map(int, line.split())
         start = time.perf_counter()
-        write(length, count)
-        print(time.perf_counter() - start, flush=True)
+        print(json.dumps([each - start for each in write(length, count)]), flush=True)
+
+
+def best(times: dict[str, list[float]], words: str) -> float:
+    """The median of the fastest contender whose name starts so."""
+    return min(
+        (statistics.median(each) for name, each in times.items() if name.startswith(words)), default=float("nan")
+    )
+
+
+def fast(times: list[float]) -> float:
+    """The fastest tenth ends here."""
+    return sorted(times)[len(times) // 10]
+
+
+def table(title: str, unit: str, names: list[str], times: dict[str, list[float]]) -> None:
+    """Each contender's milliseconds, and how many times as fast as the fastest of HF's it is, by medians and fastest tenths."""
+    quick = {name: [fast(each)] for name, each in times.items() if each}
+    print(f"{title:26}{unit:>10}{'x HF fp32':>11}{'x HF bf16':>11}{'fastest':>12}{'x HF fp32':>11}{'x HF bf16':>11}")
+    for name in names:
+        row = f"{name:26}"
+        for kind in (times, quick):
+            middle = statistics.median(kind[name])
+            row += f"{1e3 * middle:10.1f}{best(kind, 'HF fp32') / middle:11.2f}{best(kind, 'HF bf16') / middle:11.2f}  "
+        print(row)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", help="a Python with torch and transformers; none: ours alone")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--first", type=int, help="rounds of the long prompt; none: as many as --rounds")
     parser.add_argument("--only", nargs="*", help="these contenders")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -148,39 +202,28 @@ def main() -> None:
         if worker.stdout.readline().strip() != "ready":
             raise SystemExit(f"{name} cannot be run by {worker.args[0]}")
 
-    def seconds(name: str, length: int, count: int) -> float:
+    def seconds(name: str, length: int, count: int) -> list[float]:
         worker = workers[name]
         print(length, count, file=worker.stdin, flush=True)
-        return float(worker.stdout.readline())
+        return json.loads(worker.stdout.readline())
 
     tokens: dict[str, list[float]] = {name: [] for name in names}
     first: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(arguments.rounds):
+    rounds = arguments.rounds if arguments.first is None else arguments.first
+    for number in range(max(arguments.rounds, rounds)):
         for name in names:
-            one = seconds(name, SHORT, 1)
-            tokens[name].append((seconds(name, SHORT, arguments.tokens + 1) - one) / arguments.tokens)
-        for name in names:
-            first[name].append(seconds(name, LONG, 1))
+            if number < arguments.rounds:
+                times = seconds(name, SHORT, arguments.tokens + 1)
+                tokens[name] += [after - before for before, after in itertools.pairwise(times)]
+            if number < rounds:
+                first[name] += seconds(name, LONG, 1)
     for worker in workers.values():
         worker.stdin.close()
         worker.wait()
-
-    def best(times: dict[str, list[float]], words: str) -> float:
-        return min(
-            (statistics.median(each) for name, each in times.items() if name.startswith(words)), default=float("nan")
-        )
-
-    print(
-        f"{'':18}{'tokens/s':>10}{'x HF fp32':>11}{'x HF bf16':>11}{'first token, ms':>18}{'x HF fp32':>11}{'x HF bf16':>11}"
-    )
-    for name in names:
-        token, start = statistics.median(tokens[name]), statistics.median(first[name])
-        spread = (max(tokens[name]) - min(tokens[name])) / token
-        row = (
-            f"{name:18}{1 / token:10.1f}{best(tokens, 'HF fp32') / token:11.2f}{best(tokens, 'HF bf16') / token:11.2f}"
-        )
-        row += f"{1e3 * start:18.0f}{best(first, 'HF fp32') / start:11.2f}{best(first, 'HF bf16') / start:11.2f}"
-        print(f"{row}   (spread {spread:.0%})")
+    if arguments.rounds:
+        table("a token", "ms", names, tokens)
+    if rounds:
+        table(f"first token of {LONG:,}", "ms", names, first)
 
 
 if __name__ == "__main__":

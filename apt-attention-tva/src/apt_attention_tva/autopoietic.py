@@ -79,7 +79,7 @@ class AutopoieticAttention(Heads):
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "batch seq d_model"]:
         """Attend; see `apt.layers.AttentionLayer`."""
-        q, k, v = self.split(x, memory, self.qkv.weight)
+        q, k, v = self.split(x, memory, self.qkv.weight, cache=cache)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         mixed = self.mix(q, k, v, causal=causal, mask=mask, positions=positions, cross=memory is not None, cache=cache)

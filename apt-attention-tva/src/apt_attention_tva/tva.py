@@ -124,7 +124,7 @@ class NarrowAttention(VeinHeads):
             # The module is called, so that one of eight bits may stand in for it.
             q, k, v = self.divide(self.inward(x), self.shape.width)
         else:
-            q, k, v = self.split(x, memory, self.inward.weight, self.inward.bias, self.shape.width)
+            q, k, v = self.split(x, memory, self.inward.weight, self.inward.bias, self.shape.width, cache)
         cross = memory is not None
         mixed = self.meet(q, k, v, causal=causal, mask=mask, positions=positions, cross=cross, cache=cache)
         return self.add_correction(self.outward(mixed.transpose(1, 2).flatten(2)), x, mask, memory)
@@ -180,9 +180,9 @@ class TriVeinAttention(VeinHeads):
         composed = self._composes(x, memory)
         if composed:
             weight, bias = self._compose_inward()
-            q, k, v = self.split(x, memory, weight, bias, self.rank)
+            q, k, v = self.split(x, memory, weight, bias, self.rank, cache)
         else:
-            q, k, v = self.split(x, memory, self.qkv.weight, self.qkv.bias)
+            q, k, v = self.split(x, memory, self.qkv.weight, self.qkv.bias, cache=cache)
             v = project(v, self.down)
             if not self.late:
                 q, k = project(q, self.of_queries(self.down)), project(k, self.down)

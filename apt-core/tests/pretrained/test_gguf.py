@@ -168,6 +168,7 @@ def test_without_the_package_the_extra_is_named(trained: Path, tmp_path: Path, m
 
 
 @pytest.mark.skipif("APT_TEST_GGUF" not in os.environ, reason="APT_TEST_GGUF names no SmolLM2-135M-Instruct GGUF file")
+@pytest.mark.timeout(900)
 def test_smollm2_knows_the_capital_of_france(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     assert main(["import", "gguf", os.environ["APT_TEST_GGUF"], "--out", str(out)]) == 0

@@ -12,6 +12,7 @@ from apt.core.registry import Registry
 from apt.layers import Part
 from apt.layers.rope import rotate
 from apt.testing import check_provider
+from apt.testing.kit import checks_of, get_subject, run_check
 
 
 class Cache:
@@ -36,9 +37,9 @@ class Cache:
 class Explicit(nn.Module):
     """Attention written out, with one fault."""
 
-    def __init__(self, d_model: int, heads: int, dropout: float, fault: str) -> None:
+    def __init__(self, d_model: int, heads: int, dropout: float, fault: str, window: int | None = None) -> None:
         super().__init__()
-        self.heads, self.fault, self.dropout = heads, fault, dropout
+        self.heads, self.fault, self.dropout, self.window = heads, fault, dropout, window
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
         if fault == "dead parameter":
@@ -52,18 +53,28 @@ class Explicit(nn.Module):
             first = 0 if fault == "positions restart at each portion" else start
             positions = torch.arange(first, first + x.shape[1]).unsqueeze(0)
         q, k, v = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in self.qkv(x).chunk(3, -1))
-        q, k = rotate(q, positions, 1e4), rotate(k, positions, 1e4)
-        if cache is not None:
+        if fault == "positions are not read":
+            positions = torch.arange(start, start + x.shape[1]).unsqueeze(0)
+        q, k = rotate(q, positions, 1e4), k if fault == "turns queries alone" else rotate(k, positions, 1e4)
+        if fault == "reads the whole room of its cache" and cache is not None:
+            cache.room[:, :, :, start : start + x.shape[1]] = torch.stack((k, v))
+            cache.length += x.shape[1]
+            k, v = cache.room
+        elif cache is not None:
             if start:
                 last = -1 if fault == "cache off by one" else None
                 k, v = torch.cat((cache.k[:, :, :last], k), 2), torch.cat((cache.v[:, :, :last], v), 2)
             cache.k, cache.v = k, v
             cache.length += x.shape[1]
         scores = q @ k.transpose(-1, -2) / (q.shape[-1] ** 0.5)
-        seen = self._seen(x.shape[1], k.shape[2], mask)
+        seen = self._seen(x.shape[1], k.shape[2], mask, start)
+        if fault == "branches on numbers" and scores.max().item() > 1e9:
+            scores = scores - scores.max()
         weights = scores.masked_fill(~seen, -1e9).softmax(-2 if fault == "softmax over queries" else -1)
         if fault == "mean over the batch":
             weights = weights - 0.1 * weights.mean(0, keepdim=True)
+        if fault == "a trace of what is hidden":
+            weights = weights + 1e-12
         noisy = self.training or fault == "dropout in evaluation"
         weights = nn.functional.dropout(weights, 0.0 if fault == "dropout is not read" else self.dropout, noisy)
         mixed = self.out((weights @ v).transpose(1, 2).flatten(2))
@@ -71,28 +82,47 @@ class Explicit(nn.Module):
             mixed = mixed + 0.1 * x.mean(1, keepdim=True)
         if fault == "hidden state":
             mixed = mixed * self.gain
+        if fault == "a gradient from the future":
+            mean = x.mean(1, keepdim=True)
+            mixed = mixed + (mean - mean.detach())
         return mixed
 
-    def _seen(self, seq: int, kv: int, mask: Tensor | None) -> Tensor:
+    def _seen(self, seq: int, kv: int, mask: Tensor | None, start: int) -> Tensor:
         shift = {"sees the next token": 1, "does not see itself": -1}.get(self.fault, 0)
-        offset = 0 if self.fault == "top-left causality when decoding" else kv - seq
+        offset = {"top-left causality when decoding": 0, "reads the whole room of its cache": start}.get(
+            self.fault, kv - seq
+        )
         seen = torch.ones(seq, kv, dtype=torch.bool).tril(offset + shift)
+        if self.fault == "sees its block of four":
+            blocks = torch.arange(kv) // 4
+            seen = seen | (blocks[-seq:, None] == blocks)
+        if self.window is not None and self.fault != "ignores its window":
+            seen = seen.triu(offset - self.window + (2 if self.fault == "a window one too narrow" else 1))
         if mask is not None:
             mask = mask[:, -kv:]
             seen = seen & (~mask if self.fault == "inverted mask" else mask)[:, None, None]
         return seen
 
     def create_cache(self, batch, max_seq_len, dtype, device):
-        return Cache(self.fault)
+        cache = Cache(self.fault)
+        if self.fault == "reads the whole room of its cache":
+            width = self.qkv.in_features // self.heads
+            cache.room = torch.zeros(2, batch, self.heads, max_seq_len, width, dtype=dtype, device=device)
+        return cache
 
 
 class Faulty(AttentionProvider):
     """Attention written out, with one fault."""
 
     fault: str = Field(default="", description="what is wrong with it")
+    window: int | None = Field(default=None, description="tokens that each token sees")
+    positions: str = Field(default="rope", description="what the layer turns its queries and keys by")
+
+    def get_window(self):
+        return self.window
 
     def create_layer(self, d_model, num_heads, dropout=0.0):
-        return Explicit(d_model, num_heads, dropout, self.fault)
+        return Explicit(d_model, num_heads, dropout, self.fault, self.window)
 
     def get_parameter_count(self, d_model, num_heads):
         return 4 * d_model**2 + (3 if self.fault == "dead parameter" else 0)
@@ -108,14 +138,20 @@ class Faulty(AttentionProvider):
         return 2 * d_model
 
 
-def failures(kind: str, provider: type, **options: object) -> set[str]:
+def failures(kind: str, provider: type, only: str | None = None, **options: object) -> set[str]:
+    """The checks that fail; with `only` no other is run, since most faults are found by several."""
     registry = Registry()
     registry.register(kind, "under_test", provider)
-    return set(check_provider(kind, "under_test", options, registry).failures)
+    if only is None:
+        return set(check_provider(kind, "under_test", options, registry).failures)
+    (law,) = (each for each in checks_of(kind) if each.name == only)
+    result = run_check(law, get_subject(kind, "under_test", options, registry))
+    return {only} if result.outcome == "failed" else set()
 
 
 def test_without_a_fault_only_the_memory_estimate_fails_which_is_made_up() -> None:
     assert failures("attention", Faulty) == {"memory_estimate"}
+    assert failures("attention", Faulty, window=5) == {"memory_estimate"}
 
 
 @pytest.mark.parametrize(
@@ -139,10 +175,23 @@ def test_without_a_fault_only_the_memory_estimate_fails_which_is_made_up() -> No
         ("dropout in evaluation", "deterministic"),
         ("dropout is not read", "dropout_is_used"),
         ("half of the operations", "flops_estimate"),
+        ("sees its block of four", "causality"),
+        ("sees its block of four", "no_gradient_from_the_future"),
+        ("a trace of what is hidden", "poisoned_future"),
+        ("a gradient from the future", "no_gradient_from_the_future"),
+        ("reads the whole room of its cache", "decoding"),
+        ("turns queries alone", "distances_alone"),
+        ("positions are not read", "distances_alone"),
+        ("branches on numbers", "compiled"),
     ],
 )
 def test_a_fault_of_attention_is_found_by_the_check_that_is_made_for_it(fault: str, check: str) -> None:
-    assert check in failures("attention", Faulty, fault=fault)
+    assert failures("attention", Faulty, check, fault=fault)
+
+
+@pytest.mark.parametrize("fault", ["ignores its window", "a window one too narrow"])
+def test_a_window_that_is_not_the_one_that_was_asked_for_is_found(fault: str) -> None:
+    assert failures("attention", Faulty, "sees_itself_and_the_past", fault=fault, window=5)
 
 
 class Mapped(nn.Module):
@@ -205,7 +254,7 @@ def test_a_feed_forward_network_without_a_fault_passes() -> None:
     ],
 )
 def test_a_fault_of_an_ffn_is_found_by_the_check_that_is_made_for_it(fault: str, check: str) -> None:
-    assert check in failures("ffn", FaultyFFN, fault=fault)
+    assert failures("ffn", FaultyFFN, check, fault=fault)
 
 
 class Scores(nn.Module):
@@ -282,7 +331,7 @@ def test_a_router_without_a_fault_passes() -> None:
 def test_a_fault_of_a_router_is_found_by_the_check_that_is_made_for_it(
     fault: str, options: dict[str, object], check: str
 ) -> None:
-    assert check in failures("router", FaultyRouter, fault=fault, **options)
+    assert failures("router", FaultyRouter, check, fault=fault, **options)
 
 
 class Pull(nn.Module):

@@ -42,7 +42,7 @@ class SDPAttention(Heads):
         if memory is None:
             q, k, v = self.divide(self.qkv(x))
         else:
-            q, k, v = self.split(x, memory, self.qkv.weight, self.qkv.bias)
+            q, k, v = self.split(x, memory, self.qkv.weight, self.qkv.bias, cache=cache)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         y = self.mix(q, k, v, causal=causal, mask=mask, positions=positions, cross=memory is not None, cache=cache)

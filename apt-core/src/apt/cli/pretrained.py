@@ -7,7 +7,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from apt.cli.running import add_precision, add_run, add_sampling, add_weights, load_weights, prepare_run
+from apt.cli.running import (
+    add_compile,
+    add_precision,
+    add_run,
+    add_sampling,
+    add_weights,
+    load_weights,
+    prepare_run,
+)
 from apt.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,6 +56,7 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     add_sampling(chat, max_new_tokens=512)
     add_precision(chat)
     add_weights(chat)
+    add_compile(chat)
     chat.set_defaults(run=_chat)
 
 
@@ -80,7 +89,7 @@ def _chat(arguments: argparse.Namespace) -> int:
     from apt.inference.chat import Chat
     from apt.inference.sampling import Sampling
 
-    prepare_run(run, arguments)
+    prepare_run(run, arguments, compiled=arguments.compile)
     chat = Chat(
         run.model,
         run.tokenizer,

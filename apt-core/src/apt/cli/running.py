@@ -73,6 +73,7 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     add_sampling(generate, max_new_tokens=200)
     add_precision(generate)
+    add_compile(generate)
     add_weights(generate)
     generate.add_argument(
         "--rag", type=Path, metavar="FOLDER", help="put passages from these texts before the prompt (needs apt-rag)"
@@ -132,6 +133,15 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights and activations")
     parser.add_argument(
         "--quantize", choices=("int8",), help="eight bits for the linear layers, head included: the fastest on a CPU"
+    )
+
+
+def add_compile(parser: argparse.ArgumentParser) -> None:
+    """Whether the writing of a token is compiled."""
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the writing of a token: worth it for long texts (needs a C++ compiler)",
     )
 
 
@@ -270,11 +280,11 @@ def load_weights(arguments: argparse.Namespace) -> LoadedRun:
     return run
 
 
-def prepare_run(run: LoadedRun, arguments: argparse.Namespace) -> None:
+def prepare_run(run: LoadedRun, arguments: argparse.Namespace, *, compiled: bool = False) -> None:
     """Change the run's model to the precision that was asked for."""
     from apt.inference.prepare import prepare
 
-    share = prepare(run.model, dtype=arguments.dtype, quantize=arguments.quantize)
+    share = prepare(run.model, dtype=arguments.dtype, quantize=arguments.quantize, compiled=compiled)
     if arguments.quantize is not None:
         print(f"{share:.0%} of the weights that a token meets are in {arguments.quantize}", file=sys.stderr)
 
@@ -283,7 +293,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     run = load_weights(arguments)
     from apt.inference.generate import generate, generate_batch
 
-    prepare_run(run, arguments)
+    prepare_run(run, arguments, compiled=arguments.compile)
     prompts: list[str] = arguments.prompts
     options = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
     options |= {"special": run.special, "hooks": _hooks(run, arguments.rag), "state": run.state}

@@ -21,35 +21,54 @@ Precision = Literal["fp32", "bf16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def prepare(model: Decoder, *, dtype: Precision = "fp32", quantize: Literal["int8"] | None = None) -> float:
+def prepare(
+    model: Decoder, *, dtype: Precision = "fp32", quantize: Literal["int8"] | None = None, compiled: bool = False
+) -> float:
     """Change a model in place, for inference alone; returns how much of the weights that a token meets is in int8 now.
 
-    bf16 keeps every scheduled value in float32. int8 quantises each linear layer, the head too (see `Int8Linear`). Raises
-    `UserError` for a combination that does not exist.
+    bf16 keeps every scheduled value in float32. int8 quantises each linear layer, the head too (see `Int8Linear`). `compiled`
+    compiles the writing of a token, which then has less to do beside its products. Raises `UserError` for a combination that
+    does not exist.
     """
+    if quantize is not None and compiled:
+        raise UserError(
+            f"--compile: torch.compile does not know the products of --quantize {quantize}; leave one of them out"
+        )
+    if compiled and not model.supports_kv_cache:
+        raise UserError("--compile: is for attention with a KV cache, and the model's has none")
     if quantize is not None and dtype != "fp32":
         raise UserError(f"--quantize {quantize}: its activations are float32; leave --dtype {dtype} out")
     if quantize is not None and model.embedding.weight.device.type != "cpu":
         raise UserError(f"--quantize {quantize}: is for the CPU; use --dtype bf16 on a GPU")
     model.eval().requires_grad_(False)
-    for block in model.blocks:
-        block.attention = _fold(block.get_submodule("attention"))
+    for block, name, layer in _attention(model):
+        setattr(block, name, _fold(layer))
     if dtype != "fp32":
         _cast(model, DTYPES[dtype])
+    if compiled:
+        model.compile_step()
     return _quantize(model) if quantize is not None else 0.0
 
 
 @contextmanager
 def folded(model: Decoder) -> Iterator[None]:
     """Attention layers that can be folded are, until the block of code ends; the model itself is not changed."""
-    layers = [(block, block.get_submodule("attention")) for block in model.blocks]
+    layers = list(_attention(model))
     try:
-        for block, layer in layers:
-            block.attention = _fold(layer)
+        for block, name, layer in layers:
+            setattr(block, name, _fold(layer))
         yield
     finally:
-        for block, layer in layers:
-            block.attention = layer
+        for block, name, layer in layers:
+            setattr(block, name, layer)
+
+
+def _attention(model: Decoder) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Every attention layer, the block that it is in, and its name there."""
+    for block in model.all_blocks():
+        for name, layer in list(block.named_children()):
+            if name in ("attention", "cross"):
+                yield block, name, layer
 
 
 def _fold(layer: nn.Module) -> nn.Module:

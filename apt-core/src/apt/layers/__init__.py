@@ -67,7 +67,8 @@ class AttentionLayer(Protocol):
         `x` [batch, seq, d_model]; `mask` [batch, kv], True for keys that may be seen; `positions` [batch, seq]
         (default: counted from the cache's length); `memory` [batch, kv, d_model] makes it cross-attention (then
         `causal` is False and there are no rotary positions). With a `cache` the keys of earlier calls come first,
-        `kv` counts them, and causality is bottom-right: query i sees keys up to ``kv - seq + i``.
+        `kv` counts them, and causality is bottom-right: query i sees keys up to ``kv - seq + i``. A layer that has
+        `caches_memory` set to True takes an `apt.layers.cache.MemoryCache` with a `memory`, and makes its keys and values once.
         """
 
     def create_cache(self, batch: int, max_seq_len: int, dtype: torch.dtype, device: torch.device) -> LayerCache:

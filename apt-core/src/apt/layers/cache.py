@@ -89,3 +89,26 @@ class KVCache:
     def reorder(self, samples: Int[Tensor, " batch"]) -> None:
         """Keep these samples in this order, some twice or not at all, as beams and finished texts need it."""
         self.k, self.v = self.k[samples], self.v[samples]
+
+
+class MemoryCache:
+    """The keys and values that a layer made of a memory, which is the same for every token that attends across to it."""
+
+    def __init__(self) -> None:
+        self.kept: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens of the memory; 0 before it was read."""
+        return 0 if self.kept is None else self.kept[0].shape[2]
+
+    def crop(self, length: int) -> None:
+        """Raises `ValueError` for any length but its own: a memory is never read again."""
+        if length != self.length:
+            raise ValueError(f"a memory of {self.length} tokens cannot be cropped to {length}")
+
+    def reorder(self, samples: Int[Tensor, " batch"]) -> None:
+        """Keep these samples in this order, some twice or not at all."""
+        if self.kept is not None:
+            k, v = self.kept
+            self.kept = k[samples], v[samples]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from apt.core.providers import RopeScaling
 from apt.layers import LayerCache
 from apt.layers.attend import attend
-from apt.layers.cache import KVCache
+from apt.layers.cache import KVCache, MemoryCache
 from apt.layers.rope import Turn, apply_turn, get_next_turn, get_turn
 
 
@@ -56,6 +56,8 @@ class Heads(nn.Module):
     """
 
     sinks: nn.Parameter | None
+    caches_memory = True
+    """Where it attends across it takes a `MemoryCache`: the keys and values of a memory are made once."""
 
     def __init__(self, shape: Shape, dropout: float) -> None:
         super().__init__()
@@ -69,11 +71,13 @@ class Heads(nn.Module):
         weight: Float[Tensor, "inward d_model"],
         bias: Float[Tensor, " inward"] | None = None,
         v_width: int | None = None,
+        cache: LayerCache | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of `x`, keys and values of `memory` (or `x`), each [batch, heads, seq, width].
 
         `weight` [(H + H_kv) * width + H_kv * v_width, d_model] and `bias` project to all of them; the width is their own,
-        and that of the values too where `v_width` is not given.
+        and that of the values too where `v_width` is not given. A `MemoryCache` keeps the keys and values of the memory, and
+        gives them where it has them.
         """
         if memory is None:
             return self.divide(nn.functional.linear(x, weight, bias), v_width)
@@ -82,9 +86,14 @@ class Heads(nn.Module):
         ours, theirs = torch.split(weight, sizes)
         our_bias, their_bias = (None, None) if bias is None else torch.split(bias, sizes)
         q = nn.functional.linear(x, ours, our_bias)
+        if isinstance(cache, MemoryCache) and cache.kept is not None:
+            return _in_heads(q, width), *cache.kept
         both = nn.functional.linear(memory, theirs, their_bias)
         k, v = torch.split(both, [self.shape.num_kv_heads * width, self.shape.num_kv_heads * v_width], -1)
-        return _in_heads(q, width), _in_heads(k, width), _in_heads(v, v_width)
+        k, v = _in_heads(k, width), _in_heads(v, v_width)
+        if isinstance(cache, MemoryCache):
+            cache.kept = k, v
+        return _in_heads(q, width), k, v
 
     def divide(
         self, projected: Float[Tensor, "batch seq inward"], v_width: int | None = None
@@ -117,10 +126,11 @@ class Heads(nn.Module):
     ) -> Float[Tensor, "batch heads seq width"]:
         """Values mixed by scores, after turning and after what the cache holds.
 
-        Raises `ValueError` for a cache that is not this layer's, or where the layer attends across.
+        Raises `ValueError` for a cache that is not this layer's.
         """
-        if cache is not None and (cross or not isinstance(cache, KVCache)):
-            raise ValueError("this layer takes its own cache, and none where it attends across")
+        if cache is not None and not isinstance(cache, MemoryCache if cross else KVCache):
+            right = "a MemoryCache where it attends across" if cross else "what its create_cache makes"
+            raise ValueError(f"this layer's cache is {right}, not a {type(cache).__name__}")
         if cross:
             return self.attend(q, k, v, causal=False, mask=mask, window=None)
         q, k = self.turn(q, k, positions, None if cache is None else cache.length)

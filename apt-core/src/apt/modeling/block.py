@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from apt.layers import LayerCache, Part, as_part
+from apt.layers.cache import MemoryCache
 
 
 class TransformerBlock(nn.Module):
@@ -47,17 +48,20 @@ class TransformerBlock(nn.Module):
         tokens: Int[Tensor, "batch seq"] | None = None,
         memory: Float[Tensor, "batch source d_model"] | None = None,
         memory_mask: Bool[Tensor, "batch source"] | None = None,
+        memory_cache: MemoryCache | None = None,
     ) -> Part:
         """`mask` is True for tokens that are there; with a `cache` it covers the earlier ones too.
 
-        `tokens` are the ids, for a feed-forward layer that asks for them; `memory` is what a decoder of two halves looks at.
+        `tokens` are the ids, for a feed-forward layer that asks for them; `memory` is what a decoder of two halves looks at, and
+        `memory_cache` where its attention keeps what it makes of that, if it can.
         """
         attended = as_part(
             self.attention(self.attention_norm(x), causal=self.causal, mask=mask, positions=positions, cache=cache)
         )
         x = x + self.dropout(attended.output)
         if self.cross is not None and self.cross_norm is not None:
-            crossed = as_part(self.cross(self.cross_norm(x), causal=False, mask=memory_mask, memory=memory))
+            kept = {"cache": memory_cache} if getattr(self.cross, "caches_memory", False) else {}
+            crossed = as_part(self.cross(self.cross_norm(x), causal=False, mask=memory_mask, memory=memory, **kept))
             x = x + self.dropout(crossed.output)
             attended = _together(attended, crossed)
         here = None if mask is None else mask[:, -x.shape[1] :]

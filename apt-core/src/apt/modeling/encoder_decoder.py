@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from apt.layers import LayerCache, Output
+from apt.layers.cache import MemoryCache
 from apt.modeling.model import Decoder, Tally
 
 
@@ -22,6 +23,8 @@ class Memory(NamedTuple):
     states: Float[Tensor, "batch source d_model"]
     mask: Bool[Tensor, "batch source"]
     tally: Tally
+    caches: tuple[MemoryCache, ...]
+    """What each of the decoder's blocks makes of it; used where a target is written, filled by its first token."""
 
 
 class EncoderDecoder(Decoder):
@@ -62,7 +65,7 @@ class EncoderDecoder(Decoder):
         mask = source != self.pad
         tally = Tally()
         states = self._pass(self.encoder, source, tally, mask=mask)
-        return Memory(self.encoder_norm(states), mask, tally)
+        return Memory(self.encoder_norm(states), mask, tally, tuple(MemoryCache() for _ in self.blocks))
 
     def forward(  # type: ignore[override]
         self,
@@ -77,7 +80,14 @@ class EncoderDecoder(Decoder):
         tally = memory.tally if cache is None else Tally()
         mask = None if cache is not None else tokens != self.pad
         x = self._pass(
-            self.blocks, tokens, tally, mask=mask, cache=cache, memory=memory.states, memory_mask=memory.mask
+            self.blocks,
+            tokens,
+            tally,
+            mask=mask,
+            cache=cache,
+            memory_caches=None if cache is None else memory.caches,
+            memory=memory.states,
+            memory_mask=memory.mask,
         )
         hidden = self.norm(x if last is None else x[:, -last:])
         return Output(self.head(hidden), hidden, tally.losses, tally.means())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from apt.core.providers import AttentionProvider
 from apt.errors import UserError
-from apt.layers import LayerCache, Output
+from apt.layers import LayerCache, Output, Part
+from apt.layers.cache import MemoryCache
 
 
 @dataclass
@@ -76,6 +77,7 @@ class Decoder(nn.Module):
             self.head = self.head.to_empty(device=embedding.weight.device)
             nn.init.normal_(self.head.weight, std=0.02)
         self.aligner = aligner
+        self._step: Callable[..., Part] | None = None
 
     def forward(
         self,
@@ -105,6 +107,7 @@ class Decoder(nn.Module):
         mask: Bool[Tensor, "batch kv"] | None,
         positions: Int[Tensor, "#batch seq"] | None = None,
         cache: Sequence[LayerCache] | None = None,
+        memory_caches: Sequence[MemoryCache] | None = None,
         **memory: Tensor,
     ) -> Float[Tensor, "batch seq d_model"]:
         """Tokens through blocks; `memory` is what cross-attention needs, as `TransformerBlock` names it."""
@@ -115,11 +118,14 @@ class Decoder(nn.Module):
         x = self._embed(tokens, positions)
         for index, block in enumerate(blocks):
             here = None if cache is None else cache[index]
+            given = memory if memory_caches is None else {**memory, "memory_cache": memory_caches[index]}
             if self.recompute and self.training and here is None:
                 read = functools.partial(block, mask=mask, positions=positions, tokens=tokens, **memory)
                 part = checkpoint(read, x, use_reentrant=False)
+            elif self._step is not None and here is not None and x.shape[1] == 1:
+                part = self._step(block, x, mask=mask, positions=positions, cache=here, tokens=tokens, **given)
             else:
-                part = block(x, mask=mask, positions=positions, cache=here, tokens=tokens, **memory)
+                part = block(x, mask=mask, positions=positions, cache=here, tokens=tokens, **given)
             x, losses, metrics = part
             tally.add(losses, metrics)
         return x
@@ -127,6 +133,13 @@ class Decoder(nn.Module):
     def all_blocks(self) -> Iterable[nn.Module]:
         """Every block; each may be compiled by itself."""
         return self.blocks
+
+    def compile_step(self) -> None:
+        """From now on what a block does with one more token of each row is compiled, at its first use and for all blocks at once.
+
+        Reading a prompt is not: it is long enough to be worth its products alone, and each length would be compiled anew.
+        """
+        self._step = torch.compile(_read, dynamic=True)
 
     def create_cache(self, batch: int, max_seq_len: int | None = None) -> list[LayerCache]:
         """An empty cache for each block. Raises `UserError` where an attention layer cannot decode from one."""
@@ -163,6 +176,11 @@ class Decoder(nn.Module):
             x = x + self.position_table(positions)
         embedded: Tensor = self.dropout(x)
         return embedded
+
+
+def _read(block: Callable[..., Part], x: Tensor, **what: Any) -> Part:
+    """A block is an argument, so that blocks of the same form are one compiled function."""
+    return block(x, **what)
 
 
 def _count_positions(mask: Tensor | None, start: int, tokens: Tensor) -> Int[Tensor, "#batch seq"]:

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 import apt.testing.modules  # noqa: F401  its checks are attention's too
 from apt.core.providers import AttentionProvider
-from apt.layers import LayerCache
+from apt.layers import LayerCache, as_part
 from apt.testing.kit import NotApplicable, Subject, check, demand
-from apt.testing.measure import demand_close
+from apt.testing.measure import demand_close, scalar
 from apt.testing.modules import D_MODEL, HEADS, SEQ, Bench, output, states
 
 CPU = torch.device("cpu")
@@ -27,6 +27,69 @@ def causality(subject: Subject) -> None:
             changed = torch.cat((x[:, :t], 1e3 * states(2, SEQ - t, seed=t)), 1)
             seen = output(layer(changed))[:, :t]
             demand_close(seen, right[:, :t], f"tokens from {t} on were changed, and earlier outputs moved", 1e-5)
+
+
+@check("attention")
+def poisoned_future(subject: Subject) -> None:
+    """Tokens of size 1e15 from token t on leave the outputs before t as they were, so no trace of them is mixed in.
+
+    NaN would say more, but a kernel may multiply what is hidden by a weight of 0, as PyTorch's own do, and 0 times NaN is NaN.
+    """
+    layer = Bench(subject).layer()
+    x = states(2, SEQ)
+    right = output(layer(x))
+    for t in range(1, SEQ):
+        changed = torch.cat((x[:, :t], 1e15 * states(2, SEQ - t, seed=t)), 1)
+        seen = output(layer(changed))[:, :t]
+        demand_close(seen, right[:, :t], f"tokens from {t} on were made huge, and earlier outputs moved", 1e-5)
+
+
+@check("attention", gradient=True)
+def no_gradient_from_the_future(subject: Subject) -> None:
+    """The Jacobian is causal: d output[t] / d token[s] is exactly 0 for every s > t."""
+    x = states(1, SEQ).requires_grad_()
+    mixed = output(Bench(subject).layer()(x))
+    weights = states(1, SEQ, seed=3)
+    for t in range(SEQ):
+        (gradient,) = torch.autograd.grad((mixed[0, t] * weights[0, t]).sum(), x, retain_graph=True)
+        later = [s for s in range(t + 1, SEQ) if gradient[0, s].any()]
+        demand(not later, f"output {t} has a gradient from tokens {later}, which come after it")
+
+
+@check("attention")
+def distances_alone(subject: Subject) -> None:
+    """Where the layer has positions of its own, moving all of them changes nothing: scores depend on distances."""
+    provider = subject.provider
+    assert isinstance(provider, AttentionProvider)
+    if provider.needs_position_table():
+        raise NotApplicable("positions are added to the embeddings, before the layer")
+    layer, x = Bench(subject).layer(), states(2, SEQ)
+    positions = torch.arange(SEQ).unsqueeze(0)
+    right = output(layer(x, positions=positions))
+    demand_close(output(layer(x)), right, "positions that are not given count from 0")
+    demand_close(output(layer(x, positions=positions + 100)), right, "positions moved by 100", 1e-3)
+    if getattr(provider, "positions", None) == "rope":
+        stretched = output(layer(x, positions=3 * positions))
+        demand(
+            not torch.equal(stretched, right), "distances three times as long change nothing: positions are not read"
+        )
+
+
+@check("attention", gradient=True)
+def compiled(subject: Subject) -> None:
+    """Captured by torch.compile without a graph break it gives the same outputs and gradients."""
+    layer, x = Bench(subject).layer().train(), states(2, SEQ)
+    seen = []
+    for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        layer.zero_grad()
+        part = as_part(run(x))
+        torch.autograd.backward(scalar(part))
+        gradients = {name: each.grad.clone() for name, each in layer.named_parameters() if each.grad is not None}
+        seen.append({"the output": part.output.detach(), **gradients})
+    for name, right in seen[0].items():
+        what = name if name == "the output" else f"the gradient of {name}"
+        demand(name in seen[1], f"{what} is missing when compiled")
+        demand_close(seen[1][name], right, f"{what} when compiled")
 
 
 @check("attention", gradient=True)
