@@ -5,7 +5,7 @@ import torch
 from pydantic import ValidationError
 
 from apt.core.config import APTConfig
-from apt.errors import OptionsError, UserError
+from apt.errors import OptionsError, ProfileError, UserError
 from apt.modeling.compose import ModelBuilder
 from apt_moe.expert_choice import ExpertChoice
 from apt_moe.fixed_routers import Hash, Random
@@ -139,8 +139,12 @@ def test_blocks_that_cannot_be_are_refused(layers: object) -> None:
 
 
 def test_a_block_that_the_model_does_not_have_is_refused() -> None:
-    with pytest.raises(OptionsError, match="there is no block 4: the model has 4, from 0"):
+    with pytest.raises(ProfileError, match=r"model\.ffn\.layers: there is no block 4: the model has 4, from 0"):
         model(layers=[4])
+    with pytest.raises(
+        ProfileError, match=r"no block would have experts: the model has 4, and every 5th was asked for"
+    ):
+        model(layers={"every": 5})
 
 
 def test_the_balance_within_sequences_is_1_when_even_and_teaches_the_router() -> None:

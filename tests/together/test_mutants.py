@@ -120,14 +120,15 @@ FOREIGN = {
 FOREIGN |= {"retrieval": "bistate_default", "retriever": "byte", "tokenizer": "stdlib", "source": "byte"}
 BEYOND: dict[str, tuple[object, ...]] = {
     "d_model": (0, -4, 66, 4.5),
-    "num_heads": (0, 3),
-    "num_layers": (0, -1),
+    "num_heads": (0, 7),
+    "num_layers": (0, -1, 10**9),
+    "layers": ([2], [0, 0], [-1], {"every": 0}, "some", []),
     "d_ff": (0,),
     "dropout": (1.0, -0.1, 1.5),
     "r": (0, -1),
     "experts": (1, 0, -8),
     "capacity": (0, -1.5),
-    "every": (0,),
+    "every": (0, 99),
     "top_k": (0, -2),
     "weight": (-0.5,),
     "overlap": (-1, 800),

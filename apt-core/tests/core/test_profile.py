@@ -128,6 +128,8 @@ def test_set_changes_any_value_and_is_its_origin(folder: Path) -> None:
         ("model.ffn.provider=swiglu", "ffn_name", "swiglu"),
         ("model.ffn=null", "ffn_name", "default"),
         ("data.path=1", "data.path", "1"),
+        ("data.path=[a, b]", "data.path", ["a", "b"]),
+        ("data.path={a: b}", "data.path", "{a: b}"),
     ],
 )
 def test_a_set_value_has_the_type_of_its_option(folder: Path, text: str, path: str, value: object) -> None:
@@ -203,6 +205,14 @@ def test_a_chain_of_bases_has_an_end(folder: Path) -> None:
         (folder / f"{number}.yaml").write_text(f"base: {number + 1}.yaml\n")
     assert "16.yaml: is inherited through more than 16 files" in faults(folder / "0.yaml")
     assert "base: 'a\\x00b' is not the path of a profile" in faults_of(folder, 'base: "a\\0b"\n')
+
+
+def test_a_chain_of_bases_has_no_more_values_than_one_file_may_have(folder: Path) -> None:
+    for number in range(3):
+        base = f"base: {number + 1}.yaml\n" if number < 2 else ""
+        (folder / f"{number}.yaml").write_text(base + "".join(f"k{number}_{n}: 1\n" for n in range(1500)))
+    told = faults(folder / "0.yaml")
+    assert told == "0.yaml: has, with what it inherits, more than 4000 values; a profile has fewer"
 
 
 def test_the_plugins_of_the_command_line_replace_the_list(folder: Path) -> None:

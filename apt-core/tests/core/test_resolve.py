@@ -24,7 +24,7 @@ from apt.core.providers import (
 )
 from apt.core.registry import Registry
 from apt.core.resolve import resolve_config, walk
-from apt.errors import ProfileError
+from apt.errors import Fault, OptionsError, ProfileError
 from apt.hookspecs import hookimpl
 
 
@@ -364,6 +364,22 @@ def test_a_schedule_stays_where_its_option_may_be(registry, name, given, where):
     assert "plugin.ranged takes it as its option" in told[where]
     good = {"heat": {"start": 0.1, "end": 9}, "share": {"start": 0, "end": 1}, "their_pace": {"start": -3, "end": 4}}
     resolve_config(profile(ffn_name="plain", plugins=("ranged",), schedules=good), registry)
+
+
+def test_a_provider_that_has_no_layer_for_a_block_says_so_with_the_other_faults(registry):
+    class Uneven(FFN):
+        excludes: ClassVar[tuple[str, ...]] = ()
+
+        def at_layer(self, index, num_layers):
+            if index == 4:
+                raise OptionsError("ffn", "uneven", [Fault("ffn.uneven.experts", f"not in block 4 of {num_layers}")])
+            return self
+
+    registry.register("ffn", "uneven", Uneven)
+    told = faults(registry, profile(ffn_name="uneven", num_layers=5, schedules={"zz": RAMP}))
+    assert told["model.ffn.experts"] == "not in block 4 of 5; "
+    assert "schedules.zz" in told
+    resolve_config(profile(ffn_name="uneven", num_layers=4), registry)
 
 
 @pytest.mark.parametrize("name", ["pad_token_id", "bos_token_id", "eos_token_id"])

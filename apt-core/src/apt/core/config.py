@@ -20,6 +20,8 @@ from apt.core.sections import Choice, Data, Debug, Evaluation, Hardware, Monitor
 from apt.errors import Fault, ProfileError, nearest
 
 CONFIG_FILE = "config.json"
+MAX_LAYERS = 10_000
+"""Each is looked at before anything is built, so that a slip of the pen must not take forever."""
 
 PREDECESSOR = (
     *("epsilon", "alpha", "beta", "use_autopoietic", "sr_ratio", "init_tau", "batch_first", "use_dbc_dac"),
@@ -55,9 +57,9 @@ class APTConfig(BaseModel):
     d_model: int = Field(default=768, ge=1)
     d_ff: int = Field(default=2048, ge=1)
     num_heads: int = Field(default=12, ge=1)
-    num_layers: int | None = Field(default=None, ge=1)
-    num_encoder_layers: int = Field(default=6, ge=0)
-    num_decoder_layers: int = Field(default=6, ge=0)
+    num_layers: int | None = Field(default=None, ge=1, le=MAX_LAYERS)
+    num_encoder_layers: int = Field(default=6, ge=0, le=MAX_LAYERS)
+    num_decoder_layers: int = Field(default=6, ge=0, le=MAX_LAYERS)
     dropout: float = Field(default=0.15, ge=0, lt=1)
     attention_dropout: float = Field(default=0.15, ge=0, lt=1)
     max_seq_len: int = Field(default=512, ge=1)

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import NoneType
 from typing import get_origin
 
+from pydantic import BaseModel
+
 from apt.core import layout, yaml
 from apt.core.config import APTConfig, Data
 from apt.core.layout import type_at
@@ -49,6 +51,9 @@ def read_document(path: Path, sets: Sequence[str], plugins: Sequence[str] | None
     """
     files: list[Path] = []
     layers = _chain(path, files, path.parent.resolve())[::-1]
+    if sum(len(layer.origins) for layer in layers) > yaml.MAX_VALUES:
+        what = f"has, with what it inherits, more than {yaml.MAX_VALUES} values"
+        raise ProfileError([Fault(str(path), what, "a profile has fewer")])
     listed = _listed(layers, sets, plugins)
     notes: list[str] = []
     faults: list[Fault] = []
@@ -168,6 +173,10 @@ def _typed(text: str, annotation: object) -> Value:
         return text
     if str in wanted:
         fits = isinstance(value, str) or type(value) in wanted or (value is None and NoneType in wanted)
+        fits |= isinstance(value, list) and tuple in wanted
+        fits |= isinstance(value, dict) and any(
+            isinstance(each, type) and issubclass(each, BaseModel) for each in wanted
+        )
         return value if fits else text
     if wanted & {list, tuple} and value is not None:
         return _of_list(text)

@@ -44,11 +44,8 @@ def _grouped(error: ValidationError, given: object) -> dict[Loc, list[ErrorDetai
     for detail in error.errors(include_url=False):
         found.setdefault(_path_in(given, detail), []).append(detail)
     # Where one member of a union got further into the value than the others, it is the one that was meant.
-    return {
-        path: details
-        for path, details in found.items()
-        if not any(len(other) > len(path) and other[: len(path)] == path for other in found)
-    }
+    outer = {path[:length] for path in found for length in range(len(path))}
+    return {path: details for path, details in found.items() if path not in outer}
 
 
 def _path_in(given: object, detail: ErrorDetails) -> Loc:

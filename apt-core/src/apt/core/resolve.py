@@ -224,7 +224,14 @@ class _Resolver:
         if isinstance(attention, AttentionProvider) and config.d_model % config.num_heads == 0:
             self._try("model.attention", lambda: attention.get_parameter_count(config.d_model, config.num_heads))
         if isinstance(ffn, FFNProvider):
-            self._try("model.ffn", lambda: ffn.get_parameter_count(config.d_model, config.d_ff))
+            blocks = config.num_encoder_blocks + config.num_blocks
+
+            def count() -> object:
+                layers = {id(each): each for each in (ffn.at_layer(index, blocks) for index in range(blocks))}
+                counts = [each.get_parameter_count(config.d_model, config.d_ff) for each in layers.values()]
+                return next((each for each in counts if not isinstance(each, int)), 0)
+
+            self._try("model.ffn", count)
 
     def _try(self, where: str, count: Callable[[], object]) -> None:
         who = record_of(next(each.provider for each in self.resolutions if each.where == where))

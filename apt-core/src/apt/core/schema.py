@@ -100,8 +100,7 @@ class _Writer:
     def _kind(self, kind: str) -> Schema:
         """A provider of this kind: its name, or a mapping."""
         classes = self.classes.get(kind, {})
-        local = {"type": "string", "pattern": r"\.py:", "description": "a class in a file beside the profile"}
-        forms: list[Schema] = [{"enum": list(classes)}, local]
+        forms: list[Schema] = [{"enum": list(classes)}, _LOCAL]
         for name, provider in classes.items():
             required = [key for key, field in provider.model_fields.items() if field.is_required()]
             forms.append(
@@ -113,7 +112,7 @@ class _Writer:
                     "additionalProperties": False,
                 }
             )
-        forms.append({"type": "object", "properties": {"provider": local}, "required": ["provider"]})
+        forms.append({"type": "object", "properties": {"provider": _LOCAL}, "required": ["provider"]})
         inherited = self._loose(kind, more={"fallback": _FALLBACK})
         inherited["description"] = "further options of the provider that the base names, or of the default"
         return {"anyOf": [*forms, inherited]}
@@ -160,8 +159,14 @@ class _Writer:
             name: {"type": "object", "properties": self._options(provider), "additionalProperties": False}
             for name, provider in classes.items()
         }
-        with_options = {"type": "object", "properties": options, "additionalProperties": False, "maxProperties": 1}
-        return {"type": "array", "items": {"anyOf": [{"enum": list(classes)}, with_options]}}
+        with_options = {
+            "type": "object",
+            "properties": options,
+            "patternProperties": {_LOCAL["pattern"]: {"type": "object"}},
+            "additionalProperties": False,
+            "maxProperties": 1,
+        }
+        return {"type": "array", "items": {"anyOf": [{"enum": list(classes)}, _LOCAL, with_options]}}
 
     def _schedules(self) -> Schema:
         entry = {"anyOf": [self._object(model) for model in (Ramp, Piecewise)]}
@@ -198,10 +203,12 @@ class _Writer:
                     "additionalProperties": False,
                 }
             )
+        forms.append({"type": "object", "properties": {"source": _LOCAL, **common}, "required": ["source"]})
         forms.append(self._loose("data", more=common))  # of the source that the base names
         return {"anyOf": forms}
 
 
+_LOCAL: Schema = {"type": "string", "pattern": r"\.py:", "description": "a class in a file beside the profile"}
 _FALLBACK: Schema = {
     "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
     "description": "what may stand in, in order",
