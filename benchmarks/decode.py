@@ -1,11 +1,13 @@
 """Writing a token at a time beside Hugging Face transformers: 124 M parameters of Llama's shape, batch 1, on the CPU.
 
     python benchmarks/decode.py --peer OTHER/bin/python [--rounds 5] [--tokens 16] [--only "ours int8" "HF fp32 dynamic"]
+        [--threads 1]
 
 `OTHER/bin/python` is an interpreter with `pip install torch transformers`; this one has apt-core. Each contender is a process of
 its own that stays; they are measured in turn, round after round, so that a busy machine is busy for all. Both sides run their own
 `generate`, greedy, and note when each token comes. Printed are the median and the fastest tenth of the times between tokens, and
-the same of the time to the first token of a prompt of 1,024. On a machine that others use too the fastest tenth says more.
+the same of the time to the first token of a prompt of 1,024. On a machine that others use too the fastest tenth says more, and
+with `--threads 1` the time is the processor's, which waits for nobody else.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -24,6 +27,7 @@ OURS = {
     f"ours {bits}{' compiled' * compiled}": (dtype, quantize, compiled)
     for bits, dtype, quantize in (("fp32", "fp32", None), ("bf16", "bf16", None), ("int8", "fp32", "int8"))
     for compiled in (False, True)
+    if not (quantize and compiled)
 }
 THEIRS = {
     "HF fp32 dynamic": ("float32", None),
@@ -31,6 +35,11 @@ THEIRS = {
     "HF bf16 dynamic": ("bfloat16", None),
     "HF bf16 static": ("bfloat16", "static"),
 }
+
+
+def clock() -> float:
+    """Seconds: of the processor where one thread works, else of the clock."""
+    return time.process_time() if os.environ.get("OMP_NUM_THREADS") == "1" else time.perf_counter()
 
 
 def ours(name: str):
@@ -79,7 +88,7 @@ def ours(name: str):
             max_new_tokens=count,
             temperature=0,
             special=nothing,
-            show=lambda _: times.append(time.perf_counter()),
+            show=lambda _: times.append(clock()),
         )
         assert len(result.tokens) == len(times) == count
         return times
@@ -115,7 +124,7 @@ def theirs(name: str):
             self.times: list[float] = []
 
         def put(self, value) -> None:
-            self.times.append(time.perf_counter())
+            self.times.append(clock())
 
         def end(self) -> None:
             pass
@@ -146,7 +155,7 @@ def work(name: str) -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         length, count = map(int, line.split())
-        start = time.perf_counter()
+        start = clock()
         print(json.dumps([each - start for each in write(length, count)]), flush=True)
 
 
@@ -181,6 +190,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--first", type=int, help="rounds of the long prompt; none: as many as --rounds")
     parser.add_argument("--only", nargs="*", help="these contenders")
+    parser.add_argument("--threads", type=int, help="of each contender")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
@@ -197,6 +207,7 @@ def main() -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            env={**os.environ, **({} if arguments.threads is None else {"OMP_NUM_THREADS": str(arguments.threads)})},
         )
     for name, worker in workers.items():
         if worker.stdout.readline().strip() != "ready":

@@ -14,6 +14,8 @@ from apt.core.profile import load_profile
 from apt.core.special import SpecialIds
 from apt.inference.generate import generate, generate_batch
 from apt.inference.stream import TextStream
+from apt.layers import LayerCache
+from apt.layers.cache import KVCache
 from apt.modeling.compose import ModelBuilder
 from apt.modeling.model import Decoder
 
@@ -59,6 +61,28 @@ def test_a_text_of_many_contexts_takes_no_more_memory_than_one(model: Decoder, m
     rooms.clear()
     generate(model, TOKENIZER, "x", max_new_tokens=5)
     assert rooms == [7]
+
+
+def test_with_a_window_a_long_text_takes_the_memory_of_the_window(
+    profile_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = load_profile(profile_file, sets=["model.attention.window=4"])
+    model = ModelBuilder(profile.config, resolved=profile.resolved).build_model()
+    caches: list[KVCache] = []
+    create = Decoder.create_cache
+
+    def kept(self: Decoder, batch: int, max_seq_len: int | None = None) -> list[LayerCache]:
+        made = create(self, batch, max_seq_len)
+        caches.extend(each for each in made if isinstance(each, KVCache))
+        return made
+
+    monkeypatch.setattr(Decoder, "create_cache", kept)
+    options = {"max_new_tokens": 300, "temperature": 0, "special": SpecialIds(stop=frozenset())}
+    result = generate(model, TOKENIZER, "x", **options)  # type: ignore[arg-type]
+    assert len(result.tokens) == 300
+    assert caches
+    assert {tuple(each.k.shape) for each in caches} == {(1, 2, 4, model.embedding.embedding_dim // 2)}
+    assert max(each.length for each in caches) == model.max_seq_len
 
 
 @given(st.text())

@@ -73,8 +73,9 @@ def test_samples_of_a_memory_are_reordered_and_it_is_not_cropped() -> None:
     cache = MemoryCache()
     cache.reorder(torch.tensor([0]))
     assert cache.length == 0
-    cache.kept = torch.arange(6.0).view(2, 1, 3, 1), torch.zeros(2, 1, 3, 1)
+    cache.keep(torch.arange(6.0).view(2, 1, 3, 1), torch.zeros(2, 1, 3, 1))
     cache.reorder(torch.tensor([1, 1, 0]))
+    assert cache.kept is not None
     assert cache.kept[0].flatten().tolist() == [3, 4, 5, 3, 4, 5, 0, 1, 2]
     cache.crop(3)
     with pytest.raises(ValueError, match="a memory of 3 tokens cannot be cropped to 2"):

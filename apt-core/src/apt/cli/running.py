@@ -297,7 +297,9 @@ def _generate(arguments: argparse.Namespace) -> int:
     prompts: list[str] = arguments.prompts
     options = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
     options |= {"special": run.special, "hooks": _hooks(run, arguments.rag), "state": run.state}
-    unsaid = [prompts[0]]
+    # A decoder goes on from its prompt; an encoder-decoder's prompt is a source, and what it writes is a text of its own.
+    shown = [""] * len(prompts) if run.config.architecture == "encoder_decoder" else prompts
+    unsaid = [shown[0]]
 
     def show(text: str) -> None:
         # The prompt goes first, but not before there is something to go on with: what is refused prints nothing.
@@ -309,7 +311,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         print(*unsaid)
     else:
         results = generate_batch(run.model, run.tokenizer, prompts, **options)
-        for number, (prompt, result) in enumerate(zip(prompts, results, strict=True), 1):
+        for number, (prompt, result) in enumerate(zip(shown, results, strict=True), 1):
             print(f"[{number}] {prompt}{result.text}")
     for result in results:
         if result.sources:

@@ -96,11 +96,12 @@ class MemoryCache:
 
     def __init__(self) -> None:
         self.kept: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def length(self) -> int:
+        self.length = 0
         """Tokens of the memory; 0 before it was read."""
-        return 0 if self.kept is None else self.kept[0].shape[2]
+
+    def keep(self, k: Float[Tensor, "batch heads kv width"], v: Float[Tensor, "batch heads kv width"]) -> None:
+        """These are the memory's."""
+        self.kept, self.length = (k, v), k.shape[2]
 
     def crop(self, length: int) -> None:
         """Raises `ValueError` for any length but its own: a memory is never read again."""

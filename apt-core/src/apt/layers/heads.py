@@ -92,7 +92,7 @@ class Heads(nn.Module):
         k, v = torch.split(both, [self.shape.num_kv_heads * width, self.shape.num_kv_heads * v_width], -1)
         k, v = _in_heads(k, width), _in_heads(v, v_width)
         if isinstance(cache, MemoryCache):
-            cache.kept = k, v
+            cache.keep(k, v)
         return _in_heads(q, width), k, v
 
     def divide(
@@ -158,8 +158,8 @@ class Heads(nn.Module):
         width, scaling = q.shape[-1], self.shape.rope_scaling
         if positions is None:
             start = 0 if read is None else read
-            if read is not None and not torch.compiler.is_compiling():
-                return get_next_turn(start, q.shape[2], width, theta, scaling, q.device)
+            if not torch.compiler.is_compiling():
+                return get_next_turn(start, q.shape[2], width, theta, scaling, q.device, whole=read is None)
             positions = torch.arange(start, start + q.shape[2], device=q.device).unsqueeze(0)
         return get_turn(positions, width, theta, scaling)
 

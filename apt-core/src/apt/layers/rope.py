@@ -44,11 +44,14 @@ def get_turn(
 
 
 def get_next_turn(
-    start: int, count: int, width: int, theta: float, scaling: RopeScaling | None, device: torch.device
+    start: int, count: int, width: int, theta: float, scaling: RopeScaling | None, device: torch.device, *, whole: bool
 ) -> Turn:
-    """The turn of `count` positions from `start` on, read from a table, which writing token by token would else compute anew
-    for every token in every layer."""
-    room = 1 << max(10, (start + count - 1).bit_length())
+    """The turn of `count` positions from `start` on, read from a table, which every layer would else compute anew for every
+    text, or for every token that is written.
+
+    The table of a `whole` text is as long as the text, since a backward pass keeps it; another has room to go on.
+    """
+    room = count if whole else 1 << max(10, (start + count - 1).bit_length())
     cos, sin = _get_table(room, width, theta, scaling, device)
     return cos[:, :, start : start + count], sin[:, :, start : start + count]
 

@@ -112,8 +112,8 @@ class Decoder(nn.Module):
     ) -> Float[Tensor, "batch seq d_model"]:
         """Tokens through blocks; `memory` is what cross-attention needs, as `TransformerBlock` names it."""
         start = 0 if cache is None else cache[0].length
-        if positions is None and (cache is None or mask is not None or self.position_table is not None):
-            # Else they follow what the cache holds, and its layers have a table of them.
+        if positions is None and (mask is not None or self.position_table is not None):
+            # Else they follow what was read, and the layers have a table of them.
             positions = _count_positions(mask, start, tokens)
         x = self._embed(tokens, positions)
         for index, block in enumerate(blocks):
