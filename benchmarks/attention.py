@@ -20,6 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +37,33 @@ from apt.training.optim import make_optimizer
 from apt.training.record import read_metrics
 from apt.training.trainer import Trainer
 
-STEPS, BATCH, SEQ, MARKS = 300, 8, 128, 10
-"""Steps of the runs of equal tokens, and checkpoints in each."""
+MARKS = 10
+"""Checkpoints in each run of equal tokens."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of the model, its batches, and the runs of equal tokens; there are 4 heads."""
+
+    d_model: int
+    num_layers: int
+    d_ff: int
+    seq: int
+    batch: int
+    steps: int
+
+
+SIZES = {"small": Size(64, 2, 256, 64, 16, 300), "quickstart": Size(128, 4, 512, 128, 8, 1000)}
 PROFILE = """
 name: attention
 model:
-  {{d_model: 128, num_heads: 4, num_layers: 4, d_ff: 512, max_seq_len: {seq}, dropout: 0.0, attention_dropout: 0.0,
-    attention: {{{attention}}}}}
+  {{d_model: {d_model}, num_heads: 4, num_layers: {num_layers}, d_ff: {d_ff}, max_seq_len: {seq}, dropout: 0.0,
+    attention_dropout: 0.0, attention: {{{attention}}}}}
 training:
   {{max_steps: {steps}, steps_per_epoch: 1000000, max_epochs: 1, batch_size: {batch}, learning_rate: 3.0e-3, warmup_steps: 50,
     weight_decay: 0.1, gradient_clip: 1.0, lr_schedule: wsd, min_lr_ratio: 0.0, seed: {seed}, save_every: {every}, keep_last: 10}}
 data: {{source: stdlib}}
-evaluation: {{eval_every: {often}, max_batches: 40, sample_tokens: 0}}
+evaluation: {{eval_every: {often}, max_batches: 30, sample_tokens: 0}}
 monitoring: {{plot: false, log_every: 20}}
 hardware: {{threads: 1}}
 """
@@ -56,27 +72,26 @@ ARMS = {
     REFERENCE: "provider: sdpa",
     "grouped, 2 of 4": "provider: sdpa, num_kv_heads: 2",
     "multi-query": "provider: sdpa, num_kv_heads: 1",
-    "multi-query, half heads": "provider: sdpa, num_kv_heads: 1, head_width: 16",
-    "narrow d/2": "provider: sdpa, head_width: 16",
-    "narrow d/4": "provider: sdpa, head_width: 8",
-    "narrow d/8": "provider: sdpa, head_width: 4",
-    "tva d/2": "provider: tva_default, rank: 16",
-    "tva d/4": "provider: tva_default, rank: 8",
-    "tva d/8": "provider: tva_default, rank: 4",
+    "multi-query, half heads": "provider: sdpa, num_kv_heads: 1, head_width: {half}",
+    "narrow d/2": "provider: sdpa, head_width: {half}",
+    "narrow d/4": "provider: sdpa, head_width: {quarter}",
+    "narrow d/8": "provider: sdpa, head_width: {eighth}",
+    "tva d/2": "provider: tva_default, rank: {half}",
+    "tva d/4": "provider: tva_default, rank: {quarter}",
+    "tva d/8": "provider: tva_default, rank: {eighth}",
     "autopoietic": "provider: autopoietic",
 }
 
 
-def config(arm: str, seed: int, steps: int) -> APTConfig:
+def config(size: Size, arm: str, seed: int, steps: int) -> APTConfig:
     """The profile of one run."""
+    width = size.d_model // 4
     text = PROFILE.format(
-        seq=SEQ,
-        attention=ARMS[arm],
-        steps=steps,
-        batch=BATCH,
+        **{**asdict(size), "steps": steps},
+        attention=ARMS[arm].format(half=width // 2, quarter=width // 4, eighth=width // 8),
         seed=seed,
-        every=STEPS // MARKS,
-        often=STEPS // 5,
+        every=size.steps // MARKS,
+        often=size.steps // 4,
     )
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         file.write(text)
@@ -84,7 +99,7 @@ def config(arm: str, seed: int, steps: int) -> APTConfig:
         return load_profile(Path(file.name)).config
 
 
-def run(out: Path, seeds: list[int], arms: list[str], longer: bool) -> None:
+def run(size: Size, out: Path, seeds: list[int], arms: list[str], longer: bool) -> None:
     """Train what is not there yet: the runs of equal tokens, or those of equal time."""
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
@@ -95,20 +110,21 @@ def run(out: Path, seeds: list[int], arms: list[str], longer: bool) -> None:
         for arm in arms:
             if (arm, seed, equal) in have or (longer and (arm, seed, "tokens") not in have):
                 continue
-            steps = round(STEPS * costs[REFERENCE]["step"] / costs[arm]["step"]) if longer else STEPS
+            steps = round(size.steps * costs[REFERENCE]["step"] / costs[arm]["step"]) if longer else size.steps
             trunk, own = (out / f"{arm.replace(' ', '-').replace('/', '_')}-{seed}{end}" for end in ("", "-time"))
             branch = None
             if longer and arm != REFERENCE:
                 shutil.rmtree(own, ignore_errors=True)
                 # Both are undecayed up to four fifths of the shorter one.
-                last = int(0.8 * min(steps, STEPS)) // (STEPS // MARKS) * (STEPS // MARKS)
+                every = size.steps // MARKS
+                last = int(0.8 * min(steps, size.steps)) // every * every
                 branch = trunk / f"step-{last:06d}"
             start = time.process_time()
             if longer and arm == REFERENCE:
                 curve = curve_of(trunk)
             else:
                 folder = own if longer else trunk
-                made = config(arm, seed, steps)
+                made = config(size, arm, seed, steps)
                 quiet = Console(quiet=True)
                 trainer = Trainer(made, folder, branch=branch, resume="never" if longer else "auto", console=quiet)
                 if trainer.fit().interrupted:
@@ -139,22 +155,22 @@ def read_costs(out: Path) -> dict[str, dict[str, float]]:
     return {arm: {key: statistics.median(call[arm][key] for call in calls) for key in calls[0][arm]} for arm in ARMS}
 
 
-def cost(out: Path, rounds: int) -> None:
+def cost(size: Size, out: Path, rounds: int) -> None:
     """Measure all arms in turn, and add a line of medians."""
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
-    tokens = torch.randint(3, 259, (BATCH, SEQ + 1), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(3, 259, (size.batch, size.seq + 1), generator=torch.Generator().manual_seed(0))
     steps: dict[str, Callable[[], None]] = {}
     fixed: dict[str, dict[str, float]] = {}
     for arm in ARMS:
-        made = config(arm, 0, STEPS)
+        made = config(size, arm, 0, size.steps)
         torch.manual_seed(0)
         model = ModelBuilder(made).build_model()
         steps[arm] = stepper(model, make_optimizer(model, made), tokens)
         fixed[arm] = {
             "parameters": sum(each.numel() for each in model.parameters()),
-            "kept": saved_bytes(model, lambda model=model: model(tokens[:, :-1])) / (BATCH * SEQ),  # type: ignore[misc]
-            "cache": cache_bytes(model),
+            "kept": saved_bytes(model, lambda model=model: model(tokens[:, :-1])) / (size.batch * size.seq),  # type: ignore[misc]
+            "cache": cache_bytes(model, size.seq),
         }
     seen: dict[str, list[float]] = {arm: [] for arm in ARMS}
     for _ in range(rounds):
@@ -185,14 +201,14 @@ def stepper(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor) 
     return step
 
 
-def cache_bytes(model: Decoder) -> float:
+def cache_bytes(model: Decoder, tokens: int) -> float:
     """Bytes of all layers' caches for each token, in float32."""
-    caches = model.create_cache(1, SEQ)
+    caches = model.create_cache(1, tokens)
     tensors = [each for cache in caches for each in vars(cache).values() if isinstance(each, Tensor)]
-    return sum(each.numel() * 4 for each in tensors if each.is_floating_point()) / SEQ
+    return sum(each.numel() * 4 for each in tensors if each.is_floating_point()) / tokens
 
 
-def draw(out: Path, picture: Path) -> None:
+def draw(size: Size, out: Path, picture: Path) -> None:
     """The table and the figure."""
     import matplotlib
 
@@ -201,7 +217,7 @@ def draw(out: Path, picture: Path) -> None:
 
     results, costs = read(out), read_costs(out)
     lines = {(line["arm"], line["seed"], line["equal"]): line for line in results}
-    tokens_a_step = BATCH * SEQ
+    tokens_a_step = size.batch * size.seq
     print(
         "| attention | parameters | cache, bytes a token | kept for backward, kB a token | tokens/s | loss, equal tokens",
         end="",
@@ -213,7 +229,7 @@ def draw(out: Path, picture: Path) -> None:
         cells.append(f"{tokens_a_step / each['step']:,.0f}")
         for equal in ("tokens", "time"):
             if equal == "time":
-                cells.append(f"{STEPS * costs[REFERENCE]['step'] / each['step']:.0f}")
+                cells.append(f"{size.steps * costs[REFERENCE]['step'] / each['step']:.0f}")
             seeds = sorted(seed for one, seed, other in lines if (one, other) == (arm, equal))
             losses = [lines[arm, seed, equal]["curve"][-1][1] for seed in seeds]
             against = [
@@ -266,18 +282,20 @@ def main() -> None:
     runs, costs, figure = (commands.add_parser(name) for name in ("run", "cost", "draw"))
     for each in (runs, costs, figure):
         each.add_argument("--out", type=Path, required=True, metavar="DIR")
+        each.add_argument("--size", choices=SIZES, default="small")
     runs.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     runs.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
     runs.add_argument("--longer", action="store_true", help="the runs of equal time; needs the cost")
     costs.add_argument("--rounds", type=int, default=15)
     figure.add_argument("picture", type=Path)
     arguments = parser.parse_args()
+    size = SIZES[arguments.size]
     if arguments.command == "run":
-        run(arguments.out, arguments.seeds, arguments.arms, arguments.longer)
+        run(size, arguments.out, arguments.seeds, arguments.arms, arguments.longer)
     elif arguments.command == "cost":
-        cost(arguments.out, arguments.rounds)
+        cost(size, arguments.out, arguments.rounds)
     else:
-        draw(arguments.out, arguments.picture)
+        draw(size, arguments.out, arguments.picture)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 ``layer``: forward and backward, float32, width 512 in heads of 64, causal. The attention step is softmax(q k^T) v alone, on
 tensors that are ready; the layer has the products in and out, composing P and U, and the turning too. ``decode``: one token at a
 time through a model of GPT-2's shape (12 layers, width 768, 12 heads) with random weights whose cache holds `context`
-tokens, as `generate` does it, attention folded. All in turn, medians of rounds; ratios are to multi-head attention.
+tokens, as `generate` does it, attention folded. All in turn, medians of rounds; ratios are to multi-head attention. With one
+thread it is CPU time that is measured, which other processes disturb less.
 """
 
 from __future__ import annotations
@@ -48,13 +49,14 @@ MODELS: dict[str, tuple[str, dict[str, object]]] = {
 
 def compare(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """The median seconds of each, all in turn."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     seen: dict[str, list[float]] = {name: [] for name in runs}
     for round_ in range(rounds + 2):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = clock()
             run()
             if round_ >= 2:
-                seen[name].append(time.perf_counter() - start)
+                seen[name].append(clock() - start)
     return {name: statistics.median(times) for name, times in seen.items()}
 
 

@@ -171,6 +171,9 @@ def test_a_converted_run_is_a_run_with_its_parent_recorded(
     record = json.loads((out / "record.json").read_text())["parent"]
     assert record["checkpoint"] == parent.folder.name
     assert record["changes"] == ["model.attention: sdpa -> tva_default, rank 6 by principal components"]
+    card = (out / "README.md").read_text()
+    assert f"| made from | {parent.folder} |" in card
+    assert "loss.png" not in card
     told = [float(line.split()[1]) for line in said.splitlines() if line.split()[:1] in (["before"], ["after"])]
     assert told[1] < told[0] + 0.5
     others = {name for name in parent.model.state_dict() if ".attention." not in name}

@@ -46,7 +46,7 @@ def write_card(
 | --- | --- |
 {numbers}
 
-{_HELD_OUT if corpus else ""}## Use
+{_HELD_OUT if corpus else ""}{_PICTURE if (folder / PLOT).is_file() else ""}## Use
 
 ```console
 $ apt-core generate {folder}{allow} --prompt "{config.evaluation.sample_prompt or "Once"}"
@@ -87,10 +87,12 @@ were asked for, `step-*/` the checkpoints.
     (folder / CARD).write_text(text, encoding="utf-8")
 
 
-_HELD_OUT = f"""\
+_HELD_OUT = """\
 Held out means text of the same source that was not trained on, split off by a hash of the documents' names;
 `apt-core evaluate` scores the validation or the test split of it.
 
+"""
+_PICTURE = f"""\
 ![losses and schedules of the run]({PLOT})
 
 """
