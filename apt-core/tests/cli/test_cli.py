@@ -255,6 +255,55 @@ class Mine(MLP):
     assert f"this is a fault of provider code ({profile_file.parent}/mine.py:9), not of your input" in told
 
 
+def test_a_layer_that_does_not_take_what_it_is_called_with_is_its_provider_s_fault(
+    capsys: pytest.CaptureFixture[str], profile_file: Path, tmp_path: Path
+) -> None:
+    code = """
+from torch import nn
+
+from apt.builtin.ffn import MLP
+
+
+class Layer(nn.Module):
+    "Knows no mask."
+
+    def forward(self, x):
+        return x
+
+
+class Mine(MLP):
+    "Makes it."
+
+    def create_layer(self, d_model, d_ff, dropout=0.0, activation="gelu"):
+        return Layer()
+"""
+    (profile_file.parent / "mine.py").write_text(code)
+    words = ["train", "-p", str(profile_file), "--out", str(tmp_path / "run"), "--set", "model.ffn=./mine.py:Mine"]
+    assert main(words) == 1
+    told = capsys.readouterr().err
+    assert "unexpected keyword argument 'mask'" in told
+    assert "this is a fault of provider code (calling Layer), not of your input" in told
+
+
+def test_a_method_that_does_not_take_what_it_is_called_with_is_refused_at_once(
+    capsys: pytest.CaptureFixture[str], profile_file: Path
+) -> None:
+    code = """
+from apt.builtin.ffn import MLP
+
+
+class Mine(MLP):
+    "Forgets the activation."
+
+    def create_layer(self, width, hidden, dropout=0.0):
+        raise NotImplementedError
+"""
+    (profile_file.parent / "mine.py").write_text(code)
+    assert main(["check", str(profile_file), "--set", "model.ffn=./mine.py:Mine"]) == 2
+    told = capsys.readouterr().err
+    assert "its create_layer does not take (d_model, d_ff, dropout, activation): too many positional arguments" in told
+
+
 @pytest.mark.parametrize(
     ("missing", "code", "message"),
     [

@@ -124,14 +124,21 @@ def _author(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
-        module, file = str(frame.f_globals.get("__name__", "")), frame.f_code.co_filename
+        module = str(frame.f_globals.get("__name__", ""))
         if module.partition(".")[0] == "apt":
             continue
-        whose = packages.get(module) or packages.get(module.partition(".")[0])
-        if whose is None and module.startswith(MODULE):
-            whose = "provider code"
-        if whose is not None:
-            return f"{whose} ({file}:{line})"
+        # A layer that does not take what it is called with is called by PyTorch, in whose code the error arises.
+        called = type(frame.f_locals.get("self"))
+        for name, place in (
+            (module, f"{frame.f_code.co_filename}:{line}"),
+            (called.__module__, f"calling {called.__qualname__}"),
+        ):
+            package = name.partition(".")[0]
+            whose = (
+                packages.get(name) or packages.get(package) or ("provider code" if name.startswith(MODULE) else None)
+            )
+            if whose is not None and package != "apt":
+                return f"{whose} ({place})"
     return "apt-core"
 
 

@@ -6,6 +6,7 @@ version. An import that takes long is named in the log while it does (`apt-core 
 
 from __future__ import annotations
 
+import inspect
 import logging
 import threading
 from collections.abc import Iterator
@@ -72,7 +73,20 @@ def check_class(record: ProviderRecord, found: object) -> type[Provider]:
         raise ProviderBrokenError(record.kind, record.name, f"{message}; {_other_version(record)}")
     if missing := sorted(getattr(found, "__abstractmethods__", ())):
         raise _broken(record, f"{found.__qualname__} does not implement {', '.join(missing)}")
+    _check_takes(record, found, interface)
     return found
+
+
+def _check_takes(record: ProviderRecord, found: type[Provider], interface: type[Provider]) -> None:
+    """Whether the method that makes the part takes what it will be called with, whatever names it has for it."""
+    if not interface.makes:
+        return
+    called, takes = (inspect.signature(getattr(each, interface.makes)) for each in (interface, found))
+    try:
+        takes.bind(*called.parameters)
+    except TypeError as error:
+        given = ", ".join(list(called.parameters)[1:])
+        raise _broken(record, f"its {interface.makes} does not take ({given}): {error}") from error
 
 
 def _check_declared(record: ProviderRecord, found: type[Provider]) -> None:
