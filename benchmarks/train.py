@@ -1,18 +1,22 @@
 """Training speed and peak memory: apt's trainer beside nanoGPT, transformers' Llama and LitGPT, at equal shape.
 
-    python benchmarks/train.py --nanogpt PATH --transformers PYTHON --litgpt PYTHON [--case a b] [--rounds 9]
+    python benchmarks/train.py --nanogpt PATH --transformers PYTHON --litgpt PYTHON --results FILE [--case a] [--only WORD ...]
+    python benchmarks/train.py --table FILE
 
 PATH is a clone of github.com/karpathy/nanoGPT; each PYTHON is an interpreter with that library (`pip install transformers`,
 `pip install litgpt`; the two need environments of their own) and the same PyTorch as here. What is not given is left out.
 
 Every contestant is a process of its own that waits while another one trains. They train a few steps each by turns, and each
-turn is held against that of the first contestant in the same round; printed are the medians of these ratios, so what disturbs the
-machine for a while disturbs them alike. The others, and apt's own with strict, multiply by PyTorch's defaults.
+turn is held against that of nanoGPT, uncompiled, in the same round; printed are the medians of these ratios, so what disturbs the
+machine for a while disturbs them alike. nanoGPT is therefore in every field, however small: on a machine that is quiet for two
+minutes at a time a few contestants are measured at a time, results are appended to FILE, and the table is made of all of them.
+The others, and apt's own with strict, multiply by PyTorch's defaults.
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import os
 import random
@@ -20,10 +24,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -31,8 +34,8 @@ import torch
 WORKER = Path(__file__).with_name("train_worker.py")
 VOCAB = 259
 CASES = {
-    "a": {"layers": 4, "heads": 4, "width": 128, "block": 64, "batch": 12},
-    "b": {"layers": 6, "heads": 6, "width": 384, "block": 256, "batch": 8},
+    "a": {"layers": 4, "heads": 4, "width": 128, "block": 64, "batch": 12, "warm": 8},
+    "b": {"layers": 6, "heads": 6, "width": 384, "block": 256, "batch": 8, "warm": 3},
 }
 TURN = 0.7
 """Seconds of a contestant's turn, about."""
@@ -101,26 +104,35 @@ class Contestant:
 
 
 def main() -> int:
-    """Measure the cases that are asked for."""
+    """Measure the cases that are asked for, or print what was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", metavar="PATH", help="a clone of nanoGPT")
     parser.add_argument("--transformers", metavar="PYTHON", help="an interpreter that has transformers")
     parser.add_argument("--litgpt", metavar="PYTHON", help="an interpreter that has litgpt")
     parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="contestants whose names hold one of these words")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    arguments = parser.parse_args()
-    print(
-        f"PyTorch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {arguments.threads} threads",
-        flush=True,
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="contestants by their names, or beginnings of names with a *"
     )
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--results", type=Path, metavar="FILE", help="append what is measured, a line a contestant")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="measure nothing, print a table of these results")
+    arguments = parser.parse_args()
+    if arguments.table is not None:
+        print_tables([json.loads(line) for line in arguments.table.read_text().splitlines()])
+        return 0
+    if arguments.nanogpt is None:
+        parser.error("--nanogpt PATH is what all others are held against")
     with tempfile.TemporaryDirectory() as place:
         text = "".join(map(chr, np.random.default_rng(0).integers(97, 123, 500_000)))
         (Path(place) / "text.txt").write_text(text)
         (np.frombuffer(text.encode(), np.uint8).astype(np.uint16) + 3).tofile(Path(place) / "tokens.bin")
         for name in arguments.case:
-            measure(name, contestants(name, arguments, Path(place)), arguments.rounds)
+            results = measure(name, contestants(name, arguments, Path(place)), arguments.rounds)
+            if arguments.results is not None:
+                with arguments.results.open("a") as file:
+                    file.writelines(json.dumps(each) + "\n" for each in results)
+            print_tables(results)
     return 0
 
 
@@ -136,7 +148,6 @@ def contestants(name: str, arguments: argparse.Namespace, place: Path) -> list[C
         # A gated network with as many weights as one of two matrices that is four times as wide as the model.
         "d_ff": 8 * width // 3 // 8 * 8,
         "compile": False,
-        "warm": 8,
     }
     found: list[Contestant] = []
     for kind, python, label, more in (
@@ -159,8 +170,8 @@ def contestants(name: str, arguments: argparse.Namespace, place: Path) -> list[C
             label = f"apt {form}, {matmul}{', bf16' if precision == 'bf16' else ''}{', compiled' if compiled else ''}"
             profile = apt_profile(form, common, place, matmul=matmul, precision=precision, compiled=compiled)
             found.append(Contestant(label, sys.executable, {**common, "kind": "apt", "profile": profile}))
-    words = arguments.only
-    return [each for each in found if not words or any(word in each.name for word in words)]
+    names = ["nanoGPT", *(["*"] if arguments.only is None else arguments.only)]
+    return [each for each in found if any(fnmatch.fnmatchcase(each.name, name) for name in names)]
 
 
 def apt_profile(
@@ -202,31 +213,51 @@ def apt_profile(
     }
 
 
-def measure(name: str, field: list[Contestant], rounds: int) -> None:
-    """Let all of them train by turns, and print what came out."""
-    shape = ", ".join(f"{key} {value}" for key, value in CASES[name].items())
-    print(f"\n({name}) {shape}; {rounds} rounds", flush=True)
+def measure(name: str, field: list[Contestant], rounds: int) -> list[dict[str, object]]:
+    """Let all of them train by turns; what each of them did in each round."""
     for each in field:
         each.start()
-        print(f"  {each.name}: {each.steps} steps a turn", file=sys.stderr, flush=True)
-    start = time.perf_counter()
+        print(f"({name}) {each.name}: {each.steps} steps a turn", file=sys.stderr, flush=True)
     for number in range(rounds):
         # In another order each time, so that nobody always follows the same one.
         for each in random.Random(number).sample(field, len(field)):
             each.turn()
     for each in field:
         each.end()
-    first = field[0]
-    print(f"| contestant | tokens/s | of {first.name} | middle half | peak MB | parameters |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for each in field:
-        ratios = [own / other for own, other in zip(each.speeds, first.speeds, strict=True)]
-        low, ratio, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
-        print(
-            f"| {each.name} | {statistics.median(each.speeds):,.0f} | {ratio:.2f} | {low:.2f} to {high:.2f} "
-            f"| {each.peak:.0f} | {each.parameters:,} |"
-        )
-    print(f"{time.perf_counter() - start:.0f} s", flush=True)
+    machine = (
+        f"PyTorch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {field[0].case['threads']} threads"
+    )
+    return [
+        {
+            "case": name,
+            "machine": machine,
+            "name": each.name,
+            "speeds": each.speeds,
+            "ratios": [own / other for own, other in zip(each.speeds, field[0].speeds, strict=True)],
+            "peak_mb": each.peak,
+            "parameters": each.parameters,
+        }
+        for each in field
+    ]
+
+
+def print_tables(results: list[dict[str, Any]]) -> None:
+    """A table a case; contestants that were measured several times have all of their rounds together."""
+    for case in dict.fromkeys(each["case"] for each in results):
+        of_case = [each for each in results if each["case"] == case]
+        shape = ", ".join(f"{key} {value}" for key, value in CASES[case].items() if key != "warm")
+        print(f"\n({case}) {shape}; {', '.join(dict.fromkeys(each['machine'] for each in of_case))}\n")
+        print("| | tokens/s | of nanoGPT | middle half | rounds | peak MB | parameters |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
+        for name in dict.fromkeys(each["name"] for each in of_case):
+            mine = [each for each in of_case if each["name"] == name]
+            speeds, ratios = ([value for each in mine for value in each[key]] for key in ("speeds", "ratios"))
+            low, ratio, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+            print(
+                f"| {name} | {statistics.median(speeds):,.0f} | {ratio:.3f} | {low:.3f} to {high:.3f} | {len(ratios)} "
+                f"| {max(each['peak_mb'] for each in mine):.0f} | {mine[0]['parameters']:,} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
