@@ -157,6 +157,7 @@ def test_the_parameter_count_is_exact(expert: str, upcycle: bool, sizes: tuple[i
     provider = MoE(experts=5, expert=expert, upcycle=upcycle)
     layer = provider.create_layer(*sizes)
     assert sum(p.numel() for p in layer.parameters()) == provider.get_parameter_count(*sizes)
+    assert sum(p.numel() for p in layer.parameters() if p.dim() > 2) == provider.get_stacked_parameter_count(*sizes)
     router = provider.router.create_router(sizes[0], 5)
     assert sum(p.numel() for p in router.parameters()) == provider.router.get_parameter_count(sizes[0], 5)
 

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from apt.core.config import APTConfig
 from apt.errors import CheckpointError
-from apt.training import checkpoint
+from apt.training import snapshot
 from apt.training.checkpoint import list_checkpoints, load_run, verify
 from apt.training.trainer import Trainer
 
@@ -59,10 +59,10 @@ def train_and_die(config: APTConfig, out: Path, fatal: int) -> None:
         return call
 
     for module, name in (
-        (checkpoint, "write_whole"),
-        (checkpoint, "point"),
-        (checkpoint, "_flush"),
-        (checkpoint.shutil, "rmtree"),
+        (snapshot, "write_whole"),
+        (snapshot, "point"),
+        (snapshot, "_flush"),
+        (snapshot.shutil, "rmtree"),
         (Path, "write_bytes"),
         (Path, "write_text"),
         (Path, "rename"),
@@ -155,7 +155,7 @@ def test_a_disk_that_is_full_costs_nothing_that_was_saved(config: APTConfig, tmp
 def test_too_little_room_is_told_before_anything_is_written(
     config: APTConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(snapshot.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(CheckpointError, match=r"step-000003: needs \d MiB, and 0 MiB are free; make room and go on"):
         train(config, tmp_path / "run")
     assert list_checkpoints(tmp_path / "run") == []
@@ -167,7 +167,7 @@ def test_an_error_of_the_disk_is_told_in_its_own_words(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_whole", full)
+    monkeypatch.setattr(snapshot, "write_whole", full)
     with pytest.raises(CheckpointError, match="step-000003: cannot be written: No space left on device"):
         train(config, tmp_path / "run")
     assert not list((tmp_path / "run").glob(".step*"))

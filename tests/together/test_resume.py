@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -130,9 +131,10 @@ def test_an_interrupted_run_saves_and_resumes_to_the_same_bits(
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 130
     assert f"{number.name}: finishing this step" in output
-    assert "go on with --resume auto" in output
     assert 0 < load_run(tmp_path / "run").state.step < 240
-    assert subprocess.run([*command, "--resume", "auto"], env=environment, check=False).returncode == 0
+    said, *again = shlex.split(next(line for line in output.splitlines() if "go on with: " in line).split(": ")[1])
+    assert [said, *again] == ["python", *command[1:-2], "--resume", "auto", *command[-2:]]
+    assert subprocess.run([sys.executable, *again], env=environment, check=False).returncode == 0
     assert_same_bits(weights(tmp_path / "whole"), weights(tmp_path / "run"))
 
 
@@ -152,11 +154,31 @@ class Stuck(Trainer):
 Stuck(load_profile(sys.argv[1]).config, sys.argv[2]).fit()
 """
 
+SLOW = """
+import sys, time
+from pathlib import Path
+from apt.core.profile import load_profile
+from apt.training import saver
+from apt.training.trainer import Trainer
 
-def test_a_second_signal_leaves_at_once(tiny: APTConfig, tmp_path: Path) -> None:
+write = saver.write_snapshot
+
+def slowly(run, snapshot, ranks):
+    if snapshot.step == 3:
+        Path(sys.argv[3]).touch()
+        time.sleep(60)
+    return write(run, snapshot, ranks)
+
+saver.write_snapshot = slowly
+Trainer(load_profile(sys.argv[1], sets=["training.async_save=true"]).config, sys.argv[2]).fit()
+"""
+
+
+@pytest.mark.parametrize("program", [STUCK, SLOW], ids=["in a step", "while a thread writes"])
+def test_a_second_signal_leaves_at_once(tiny: APTConfig, tmp_path: Path, program: str) -> None:
     profile, script, sign = tmp_path / "profile.yaml", tmp_path / "stuck.py", tmp_path / "sign"
     profile.write_text(dump_profile(saving_often(tiny)))
-    script.write_text(STUCK)
+    script.write_text(program)
     command = [sys.executable, str(script), str(profile), str(tmp_path / "run"), str(sign)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 60
@@ -170,5 +192,6 @@ def test_a_second_signal_leaves_at_once(tiny: APTConfig, tmp_path: Path) -> None
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=20)[0]
     assert "SIGTERM: finishing this step, then saving (again to leave at once)" in output
+    assert f"go on with: apt-core train -p {tmp_path / 'run' / 'resolved.yaml'} --resume auto" in output
     assert output.rstrip().endswith("KeyboardInterrupt")
     assert load_run(tmp_path / "run").state.step == 2

@@ -12,6 +12,7 @@ from apt.core.estimate import estimate
 from apt.core.profile import load_profile
 from apt.modeling.compose import ModelBuilder
 from apt.testing.measure import count_flops, saved_bytes
+from apt.training.optim import make_optimizer
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,17 @@ def test_parameters_are_exact_and_operations_and_memory_within_a_tenth(profile_f
     cache = model.create_cache(1, 10)
     numbers = sum(value.numel() for each in cache for value in vars(each).values() if torch.is_tensor(value))
     assert cost.cache_per_token == 4 * numbers // 10
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_memory_of_the_optimizer_is_that_of_its_moments(profile_file: Path, optimizer: str) -> None:
+    sets = [f"training.optimizer={optimizer}", "model.attention.bias=none"]
+    profile = load_profile(profile_file, sets=sets)
+    assert profile.resolved is not None
+    model = ModelBuilder(profile.config, resolved=profile.resolved).build_model()
+    state = make_optimizer(model, profile.config).state
+    held = sum(value.nbytes for memory in state.values() for value in memory.values() if value.dim())
+    assert estimate(profile.config, profile.resolved).optimizer == pytest.approx(held, rel=0.02)
 
 
 def test_nothing_is_imported_to_foretell(profile_file: Path) -> None:

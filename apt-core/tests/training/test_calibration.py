@@ -15,9 +15,10 @@ from apt.core.config import APTConfig
 from apt.core.profile import load_profile
 from apt.layers.ways import Shape
 from apt.modeling.compose import ModelBuilder
-from apt.training import calibration
-from apt.training.calibration import Calibration, Figure, Machine, calibrate, calibration_of, settle
+from apt.training import calibration, measuring
+from apt.training.calibration import Calibration, Machine, calibrate, calibration_of, settle
 from apt.training.checkpoint import list_checkpoints
+from apt.training.measuring import Figure
 from apt.training.ranks import Ranks
 from apt.training.trainer import RunResult, Trainer
 
@@ -26,7 +27,7 @@ SHAPE = Shape("cpu", torch.float32, 2, 2, 16, 16, 8, 8, True, False)
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "SECONDS", 0.0)
+    monkeypatch.setattr(measuring, "SECONDS", 0.0)
 
 
 def train(profile: Path, out: Path, *sets: str, resume: str = "never") -> tuple[RunResult, str]:

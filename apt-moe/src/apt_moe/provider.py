@@ -144,6 +144,10 @@ class MoE(FFNProvider):
         routed = self._chosen() * self.expert.get_parameter_count(d_model, self._width(d_ff))
         return shared + routed + self.router.get_parameter_count(d_model, self.experts * self.granularity)
 
+    def get_stacked_parameter_count(self, d_model: int, d_ff: int) -> int:
+        """The routed experts."""
+        return self.experts * self.granularity * self.expert.get_parameter_count(d_model, self._width(d_ff))
+
     def get_flops_estimate(self, seq_len: int, d_model: int, d_ff: int) -> int:
         """The router and the experts of a token; nothing is assumed to be dropped."""
         shared = self.shared * self.expert.get_flops_estimate(seq_len, d_model, d_ff)

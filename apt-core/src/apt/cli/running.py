@@ -167,7 +167,19 @@ def _train(arguments: argparse.Namespace) -> int:
         raise UserError("--resume auto: says not which run to go on with; give its folder as --out, or --resume PATH")
     profile = read_profile(arguments)
     out = arguments.out or _default_out(profile.config.name, arguments.resume)
-    return _run(profile, out, resume=arguments.resume, strict_lock=arguments.strict_lock)
+    return _run(profile, out, again=_again(arguments, out), resume=arguments.resume, strict_lock=arguments.strict_lock)
+
+
+def _again(arguments: argparse.Namespace, out: Path) -> str:
+    """The command that goes on with a run: as it was given, but from its newest checkpoint."""
+    words = ["train", "-p", str(arguments.profile)]
+    words += [word for each in arguments.sets for word in ("--set", each)]
+    words += [] if arguments.plugins is None else ["--plugins", *arguments.plugins]
+    words += ["--allow-local-code"] if arguments.allow_local_code else []
+    words += ["--strict-lock"] if arguments.strict_lock else []
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    called = called_as() if size == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']} -m apt"
+    return f"{called} {shlex.join([*words, '--resume', 'auto', '--out', str(out)])}"
 
 
 def _branch(arguments: argparse.Namespace) -> int:
@@ -196,7 +208,13 @@ def _let_one_rank_speak() -> None:
 
 
 def _run(
-    profile: Profile, out: Path, *, resume: str = "never", branch: Path | None = None, strict_lock: bool = False
+    profile: Profile,
+    out: Path,
+    *,
+    again: str | None = None,
+    resume: str = "never",
+    branch: Path | None = None,
+    strict_lock: bool = False,
 ) -> int:
     """Train, and let the model that comes of it write a little."""
     print_notes(profile)
@@ -213,6 +231,7 @@ def _run(
         branch=branch,
         strict_lock=strict_lock,
         given=profile.files,
+        again=again,
     ).fit()
     if os.environ.get("RANK", "0") == "0":
         _point_to(result.folder)

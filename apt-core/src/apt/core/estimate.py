@@ -35,6 +35,7 @@ class Estimate:
     weights: int
     gradients: int
     optimizer: int
+    """Two moments a parameter; one for the matrices that Muon trains."""
     activations: int
     cache_per_token: int
     step_cost: float
@@ -120,11 +121,15 @@ def estimate(config: APTConfig, resolved: Resolved) -> Estimate:
     if isinstance(align, AlignProvider):
         step_cost, extra_passes = align.get_step_cost(), align.get_extra_passes()
     kept_passes = 1 + extra_passes[1]
+    matrices = 0
+    if config.training.optimizer == "muon":
+        stacked = sum(each.get_stacked_parameter_count(width, config.d_ff) for each in ffns)
+        matrices = sum(part.parameters for part in parts if part.part in ("attention", "ffn")) - stacked
     return Estimate(
         parts=tuple(parts),
         weights=BYTES * parameters,
         gradients=BYTES * parameters,
-        optimizer=2 * BYTES * parameters,
+        optimizer=BYTES * (2 * parameters - matrices),
         activations=kept_passes * _activations(config, attention, ffns),
         cache_per_token=BYTES * config.num_blocks * attention.get_cache_size(width, config.num_heads),
         step_cost=step_cost,

@@ -19,8 +19,9 @@ from apt.pretrained.gguf import open_gguf
 from apt.pretrained.llama import from_theirs
 from apt.pretrained.sources import Source, open_folder
 from apt.training.card import write_card
-from apt.training.checkpoint import IMPORTED, take_snapshot, write_snapshot
+from apt.training.checkpoint import IMPORTED
 from apt.training.record import write_record
+from apt.training.snapshot import take_snapshot, write_snapshot
 
 PROFILE = "profile.yaml"
 """What further training starts from: `train -p RUN/profile.yaml --resume auto --out RUN`."""

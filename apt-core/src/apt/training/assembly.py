@@ -28,7 +28,7 @@ from apt.modeling.compose import ModelBuilder
 from apt.modeling.model import Decoder
 from apt.modeling.parts import scheduled_buffers, set_active
 from apt.training.optim import learning_rate, make_optimizer
-from apt.training.parallel import shard
+from apt.training.parallel import is_split, shard
 from apt.training.proof import ProofOfUse
 from apt.training.ranks import Ranks
 
@@ -50,6 +50,8 @@ class Assembly:
     optimizer: Optimizer
     rate: Callable[[int], float]
     proof: ProofOfUse
+    is_split: bool
+    """Whether each rank has a part of the model alone."""
 
 
 def assemble(
@@ -107,6 +109,7 @@ def assemble(
         optimizer=make_optimizer(model, config),
         rate=learning_rate(config, max_steps),
         proof=ProofOfUse(model, resolved.plugins),
+        is_split=is_split(config, ranks),
     )
 
 

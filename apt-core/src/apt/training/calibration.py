@@ -11,35 +11,26 @@ from __future__ import annotations
 
 import contextlib
 import platform
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from apt.core.config import APTConfig
-from apt.layers.ways import Shape, Way, choose_ways, mix_by, possible_ways, watch_shapes
+from apt.layers.ways import Shape, Way, choose_ways, possible_ways
 from apt.modeling.model import Decoder
 from apt.training.checkpoint import read_saved
+from apt.training.measuring import Bench, Figure, Route, find_shapes, on_route, task_of_attention, task_of_product
 from apt.training.ranks import Ranks
 
-Route = Literal["default", "onednn"]
 LARGEST_ERROR = 1e-6
 """The relative error, in the Frobenius norm against float64, above which a route or a way of float32 is refused."""
 WORTH = 0.97
 """What is not the default is taken where it needs at most this share of the default's time."""
-SECONDS, LEAST, MOST = 3.0, 3, 25
-"""About how long the measuring takes, and how often each thing is measured at least and at most."""
-LARGEST_WORK = 8e9
-"""Operations of one forward and backward pass that is measured; larger ones are measured on a part of the batch."""
-
-Product = tuple[int, int, int]
-"""Rows, columns in, columns out of a linear map."""
 
 
 @dataclass(frozen=True)
@@ -57,19 +48,6 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One thing that was measured: milliseconds of a forward and backward pass, how often a micro-batch does it, and the
-    relative error, None where it is not float32."""
-
-    what: str
-    route: str
-    way: str
-    milliseconds: float
-    count: int
-    error: float | None
-
-
-@dataclass(frozen=True)
 class Calibration:
     """What was chosen, for what, and why; `lines` say it."""
 
@@ -83,7 +61,7 @@ class Calibration:
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Work by this choice, in the whole process."""
-        with choose_ways(self.ways), _on(self.route):
+        with choose_ways(self.ways), on_route(self.route):
             yield
 
     def to_dict(self) -> dict[str, Any]:
@@ -118,20 +96,20 @@ def calibrate(model: Decoder, tokens: Tensor, config: APTConfig) -> Calibration:
     attention is chosen alone.
     """
     bf16 = config.training.precision == "bf16"
-    products, shapes = _find_shapes(model, tokens, bf16=bf16)
-    bench = _Bench(tokens.device)
+    products, shapes = find_shapes(model, tokens, bf16=bf16)
+    bench = Bench(tokens.device)
     routes: list[Route] = ["default"]
     if not bf16 and tokens.device.type == "cpu":
         routes.append("onednn")
     for product, count in products.items():
         for route in routes:
-            bench.add(_of_product(product, count, route, torch.bfloat16 if bf16 else torch.float32, tokens.device))
+            bench.add(task_of_product(product, count, route, torch.bfloat16 if bf16 else torch.float32, tokens.device))
         if bf16:
-            bench.add(_of_product(product, count, "default", torch.float32, tokens.device))
+            bench.add(task_of_product(product, count, "default", torch.float32, tokens.device))
     for shape, (count, batch) in shapes.items():
         for route in routes:
             for way in possible_ways(shape):
-                bench.add(_of_attention(shape, count, batch, route, way, config.attention_dropout))
+                bench.add(task_of_attention(shape, count, batch, route, way, config.attention_dropout))
     figures = bench.measure()
     ways = {route: {shape: _best_way(shape, route, figures) for shape in shapes} for route in routes}
     totals = {route: _total(figures, route, ways[route], "bfloat16" if bf16 else "float32") for route in routes}
@@ -183,162 +161,6 @@ def calibration_of(checkpoint: Path) -> Calibration:
 
 def _say(console: Console, line: str) -> None:
     console.print(f"matmul: {line}", highlight=False, markup=False, soft_wrap=True)
-
-
-# What a model does
-
-
-def _find_shapes(
-    model: Decoder, tokens: Tensor, *, bf16: bool
-) -> tuple[dict[Product, int], dict[Shape, tuple[int, int]]]:
-    """The products and the shapes of attention of one forward pass: how often each comes, and attention's largest batch."""
-    was_training = model.training
-    try:
-        with (
-            torch.no_grad(),
-            torch.autocast(tokens.device.type, torch.bfloat16, enabled=bf16),
-            _Products() as products,
-            watch_shapes() as shapes,
-        ):
-            model.eval()(tokens)
-    finally:
-        model.train(was_training)
-    return products.seen, shapes
-
-
-class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts products of two matrices by their sizes, whatever calls them."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.seen: dict[Product, int] = {}
-
-    def __torch_dispatch__(
-        self, func: object, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Note it, and let it run."""
-        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
-            left, right = args[-2:]
-            key = (left.shape[0], left.shape[1], right.shape[1])
-            self.seen[key] = self.seen.get(key, 0) + 1
-        assert callable(func)
-        return func(*args, **({} if kwargs is None else kwargs))
-
-
-# Measuring
-
-
-@dataclass(frozen=True)
-class _Task:
-    """`run` is timed, a part `share` of the whole; `check` computes the same without dropout, in a dtype that is given."""
-
-    what: str
-    route: Route
-    way: str
-    count: int
-    share: float
-    run: Callable[[], object]
-    check: Callable[[torch.dtype], Sequence[Tensor]] | None
-
-
-def _of_product(product: Product, count: int, route: Route, dtype: torch.dtype, device: torch.device) -> _Task:
-    """x W^T, and the two products of its backward pass."""
-    rows, inward, outward = product
-    part = min(rows, max(64, int(LARGEST_WORK / (6 * inward * outward))))
-    x, weight, gradient = (
-        _draw(index, size, dtype, device)
-        for index, size in enumerate(((part, inward), (outward, inward), (part, outward)))
-    )
-
-    def check(dtype: torch.dtype) -> Sequence[Tensor]:
-        a, b, c = x.to(dtype), weight.to(dtype), gradient.to(dtype)
-        return a @ b.T, c @ b, c.T @ a
-
-    what = f"product of {rows} x {inward} and {inward} x {outward}"
-    exact = check if dtype == torch.float32 else None
-    name = str(dtype).removeprefix("torch.")
-    return _Task(what, route, name, count, part / rows, lambda: check(dtype), exact)
-
-
-def _of_attention(shape: Shape, count: int, batch: int, route: Route, way: Way, dropout: float) -> _Task:
-    """Attention, forward and backward."""
-    each = 7 * shape.heads * shape.queries * shape.keys * (shape.width + shape.v_width)
-    part = min(batch, max(1, int(LARGEST_WORK / each)))
-    # Laid out as projections leave them, not head by head.
-    sizes = (
-        (part, shape.queries, shape.heads, shape.width),
-        (part, shape.keys, shape.kv_heads, shape.width),
-        (part, shape.keys, shape.kv_heads, shape.v_width),
-        (part, shape.queries, shape.heads, shape.v_width),
-    )
-    device = torch.device(shape.device)
-    q, k, v, gradient = (_draw(index, size, shape.dtype, device).transpose(1, 2) for index, size in enumerate(sizes))
-    visible = None
-    if shape.masked:
-        visible = torch.ones(shape.queries, shape.keys, dtype=torch.bool, device=device).tril()
-
-    def mixed(dtype: torch.dtype, dropout: float) -> Sequence[Tensor]:
-        a, b, c = (each.to(dtype).detach().requires_grad_() for each in (q, k, v))
-        y = mix_by(way, a, b, c, causal=shape.causal, visible=visible, scale=None, dropout=dropout)
-        return y, *torch.autograd.grad(y, (a, b, c), gradient.to(dtype))
-
-    exact = (lambda dtype: mixed(dtype, 0.0)) if shape.dtype == torch.float32 else None
-    return _Task(str(shape), route, way, count, part / batch, lambda: mixed(shape.dtype, dropout), exact)
-
-
-class _Bench:
-    """Measures tasks by turns, so that what disturbs the machine disturbs all of them alike."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._tasks: list[tuple[_Task, float | None, list[float]]] = []
-        self._exact: dict[str, Sequence[Tensor]] = {}
-
-    def add(self, task: _Task) -> None:
-        """One more; its error is taken now."""
-        error = None
-        if task.check is not None:
-            if task.what not in self._exact:
-                self._exact = {task.what: task.check(torch.float64)}
-            with _on(task.route):
-                error = _error(task.check(torch.float32), self._exact[task.what])
-        self._tasks.append((task, error, []))
-
-    def measure(self) -> tuple[Figure, ...]:
-        """The least of as many rounds as there is time for: what else runs on the machine only adds to it."""
-        self._exact = {}
-        end = time.perf_counter() + SECONDS
-        with torch.random.fork_rng():
-            for number in range(MOST):
-                if number >= LEAST and time.perf_counter() > end:
-                    break
-                for task, _, times in self._tasks:
-                    with _on(task.route):
-                        times.append(self._time(task))
-        return tuple(
-            Figure(each.what, each.route, each.way, round(1000 * min(times), 4), each.count, error)
-            for each, error, times in self._tasks
-        )
-
-    def _time(self, task: _Task) -> float:
-        start = time.perf_counter()
-        task.run()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return (time.perf_counter() - start) / task.share
-
-
-def _error(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """The largest relative error."""
-    return max(
-        ((each.double() - right).norm() / right.norm().clamp_min(1e-300)).item()
-        for each, right in zip(results, exact, strict=True)
-    )
-
-
-def _draw(seed: int, size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Normal numbers that leave the process's random state alone."""
-    return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
 # Choosing
@@ -410,21 +232,6 @@ def _compare_precisions(figures: Sequence[Figure]) -> list[str]:
 
 
 _NAMES = ("bfloat16", "float32")
-
-
-@contextlib.contextmanager
-def _on(route: Route) -> Iterator[None]:
-    """float32 products by this route."""
-    if route == "default":
-        yield
-        return
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 def _processor() -> str:

@@ -12,9 +12,10 @@ from torch.optim import AdamW, Muon, Optimizer
 
 from apt.core.config import APTConfig
 from apt.layers.sharded import mesh_of
+from apt.modeling.model import Decoder
 
 
-def make_optimizer(model: nn.Module, config: APTConfig) -> Optimizer:
+def make_optimizer(model: Decoder, config: APTConfig) -> Optimizer:
     """The profile's optimizer, with weight decay on matrices alone.
 
     Every parameter has its memory from the start, inert ones too, so that what a checkpoint holds never changes its shape. A
@@ -24,7 +25,7 @@ def make_optimizer(model: nn.Module, config: APTConfig) -> Optimizer:
     if config.training.optimizer == "adamw":
         optimizer: Optimizer = _adamw(parameters, config)
     else:
-        inside = {id(each) for each in model.get_submodule("blocks").parameters()}
+        inside = {id(each) for block in model.all_blocks() for each in block.parameters()}
         matrices = [each for each in parameters if each.dim() == 2 and id(each) in inside]
         chosen = {id(each) for each in matrices}
         optimizer = MuonWithAdamW(matrices, [each for each in parameters if id(each) not in chosen], config)

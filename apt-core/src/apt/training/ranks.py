@@ -131,7 +131,7 @@ def join_ranks(config: APTConfig) -> Iterator[Ranks]:
             raise
         raise AptError(
             f"rank {ranks.rank} of {size} on {socket.gethostname()}: another rank has died or does not answer "
-            f"({str(error).splitlines()[0]}); its own output says why; go on with --resume auto"
+            f"({str(error).splitlines()[0]}); its own output says why"
         ) from error
     finally:
         with contextlib.suppress(RuntimeError):  # where others are gone already

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
-from apt.training.checkpoint import BEST, LATEST, Snapshot, list_checkpoints, point, write_snapshot
+from apt.training.checkpoint import BEST, LATEST, list_checkpoints
 from apt.training.ranks import ALONE, Ranks
+from apt.training.snapshot import Snapshot, point, write_snapshot
 
 
 class Saver:
@@ -23,13 +25,9 @@ class Saver:
         # What a thread says to other ranks must not come between what training says to them.
         self.ranks = ranks.beside() if asynchronous else ranks
         self.best: float | None = None
-        self._pool = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
-        self._writing: Future[None] | None = None
-
-    @property
-    def copies(self) -> bool:
+        self.copies = asynchronous
         """Whether a snapshot must be a copy, since training goes on while it is written."""
-        return self._pool is not None
+        self._writing: _Writing | None = None
 
     def save(self, snapshot: Snapshot, loss: float | None = None) -> None:
         """Write a snapshot, whose held-out loss is `loss`. Raises `CheckpointError`, also for the one before."""
@@ -37,24 +35,17 @@ class Saver:
         is_best = self.keep_best and loss is not None and (self.best is None or loss < self.best)
         if is_best:
             self.best = loss
-        if self._pool is None:
-            self._write(snapshot, is_best)
+        if self.copies:
+            self._writing = _Writing(lambda: self._write(snapshot, is_best))
+            self._writing.start()
         else:
-            self._writing = self._pool.submit(self._write, snapshot, is_best)
+            self._write(snapshot, is_best)
 
     def wait(self) -> None:
         """Until what was handed over is on the disk. Raises `CheckpointError` where it is not."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()
-
-    def close(self) -> None:
-        """Write what was handed over; no more snapshots."""
-        try:
-            self.wait()
-        finally:
-            if self._pool is not None:
-                self._pool.shutdown()
 
     def _write(self, snapshot: Snapshot, is_best: bool) -> None:
         folder = write_snapshot(self.run, snapshot, self.ranks)
@@ -67,3 +58,25 @@ class Saver:
         for old in done[: -self.keep_last]:
             if old.name not in named:
                 shutil.rmtree(old)
+
+
+class _Writing(threading.Thread):
+    """A snapshot on its way to the disk. The process does not wait for it where it leaves at once."""
+
+    def __init__(self, write: Callable[[], None]) -> None:
+        super().__init__(name="checkpoint", daemon=True)
+        self._write = write
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        """Write; what goes wrong is kept for whoever asks."""
+        try:
+            self._write()
+        except BaseException as error:  # noqa: BLE001  raised again in `result`
+            self._error = error
+
+    def result(self) -> None:
+        """Wait for the end, and raise what went wrong."""
+        self.join()
+        if self._error is not None:
+            raise self._error

@@ -65,6 +65,11 @@ class Start:
         return cls(folder, branch is not None, tuple(changes))
 
     @property
+    def is_new(self) -> bool:
+        """Whether this is the beginning of a run, on a trunk or without."""
+        return self.checkpoint is None or self.is_branch
+
+    @property
     def parent(self) -> dict[str, object] | None:
         """What is recorded of the run that this one is a branch of; a resumed branch remembers it."""
         if self.checkpoint is None:

@@ -33,6 +33,10 @@ class FFNProvider(Provider):
         """Parameters that one token meets when everything is switched on; fewer than all in a mixture of experts."""
         return self.get_parameter_count(d_model, d_ff)
 
+    def get_stacked_parameter_count(self, d_model: int, d_ff: int) -> int:
+        """Parameters of one layer in stacks of matrices, as experts are: Muon takes matrices alone and leaves these to AdamW."""
+        return 0
+
     @abstractmethod
     def get_flops_estimate(self, seq_len: int, d_model: int, d_ff: int) -> int:
         """Floating-point operations of one forward pass over one sequence when everything is switched on."""

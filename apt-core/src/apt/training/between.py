@@ -1,0 +1,119 @@
+"""What happens between the steps: the model is scored on held-out text, writes samples, and is saved, where it is time to."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from apt.core.config import APTConfig
+from apt.core.hooks import HookRunner
+from apt.core.resolve import Resolved
+from apt.hookspecs import RunState
+from apt.inference.generate import generate
+from apt.training.assembly import Assembly
+from apt.training.card import write_samples
+from apt.training.evaluate import Score, evaluate
+from apt.training.journal import Journal
+from apt.training.randoms import RandomState
+from apt.training.ranks import Ranks
+from apt.training.saver import Saver
+from apt.training.snapshot import take_snapshot
+
+
+class Between:
+    """Evaluates and saves the run in `out`. `told` is what each checkpoint keeps beside what changes from step to step.
+
+    No random state and no weight is changed by any of it.
+    """
+
+    def __init__(
+        self,
+        config: APTConfig,
+        resolved: Resolved,
+        parts: Assembly,
+        *,
+        hooks: HookRunner,
+        ranks: Ranks,
+        saver: Saver,
+        journal: Journal,
+        out: Path,
+        told: Mapping[str, object],
+    ) -> None:
+        self.config, self.resolved, self.parts, self.hooks, self.ranks = config, resolved, parts, hooks, ranks
+        self.saver, self.journal, self.out, self.told = saver, journal, out, told
+        self.scored, self._scored_at = Score(math.nan, math.nan, 0), -1
+        self.saved_at, self._saved_when = -1, time.monotonic()
+
+    def look_after(self, state: RunState, left_out: int) -> None:
+        """After the step that led to `state`. `left_out`: steps' worth of text that was read and not trained on."""
+        last = state.step == state.max_steps
+        if last or state.step % (self.config.evaluation.eval_every or self.parts.steps_per_epoch) == 0:
+            self.evaluate(state)
+        if last or self._is_time_to_save(state):
+            self.save(state, left_out)
+
+    def evaluate(self, state: RunState) -> None:
+        """Score the model, and let it write."""
+        with self.journal.paused():
+            hook, model, extra = self.hooks.hook, self.parts.model, dict[str, float]()
+            hook.apt_evaluation_start(state=state, model=model)
+            scored, seen = evaluate(
+                model,
+                self.parts.validation,
+                seq_len=self.config.max_seq_len,
+                batch_size=self.config.training.batch_size,
+                max_batches=self.config.evaluation.max_batches,
+                device=self.parts.device,
+                ranks=self.ranks,
+            )
+            hook.apt_evaluation_end(state=state, model=model, metrics=extra)
+            self.journal.evaluated(state, scored, seen, extra)
+            self.scored, self._scored_at = scored, state.step
+            if self.config.evaluation.samples and self.ranks.is_main:
+                self._sample(state)
+
+    def save(self, state: RunState, left_out: int) -> None:
+        """Write a checkpoint, or hand it to the thread that does. All ranks call it."""
+        with self.journal.paused():
+            randoms = self.ranks.gather(RandomState.now())
+            hooks = self.hooks.save_state(state)
+            # Where each rank has all of the model, one of them saves it.
+            if self.ranks.is_main or self.parts.is_split:
+                snapshot = take_snapshot(
+                    config=self.config,
+                    resolved=self.resolved,
+                    model=self.parts.model,
+                    optimizer=self.parts.optimizer,
+                    tokenizer=self.parts.tokenizer,
+                    state=state,
+                    hooks=hooks,
+                    corpus_digest=self.parts.corpus.digest,
+                    progress={**self.told, "left_out": left_out, "best": self.saver.best},
+                    randoms=randoms,
+                    copy=self.saver.copies,
+                )
+                fresh = self._scored_at == state.step
+                self.saver.save(snapshot, self.scored.loss if fresh else None)
+            self.ranks.wait()
+            self.saved_at, self._saved_when = state.step, time.monotonic()
+
+    def _is_time_to_save(self, state: RunState) -> bool:
+        every = self.config.training.save_every
+        if isinstance(every, str):
+            # The main rank's clock is everybody's.
+            late = time.monotonic() - self._saved_when >= 60 * float(every.removesuffix("min"))
+            return self.ranks.any(late and self.ranks.is_main)
+        return state.step % (every or self.parts.steps_per_epoch) == 0
+
+    def _sample(self, state: RunState) -> None:
+        """Let the model write, the same way each time."""
+        if self.parts.is_split:
+            self.journal.line("no sample is drawn: the model is split over the ranks")
+            return
+        evaluation, parts = self.config.evaluation, self.parts
+        prompt, room = evaluation.sample_prompt, evaluation.sample_tokens
+        written = generate(parts.model, parts.tokenizer, prompt, max_new_tokens=room, temperature=0.8, state=state)
+        self.journal.sampled(state, prompt + written.text)
+        write_samples(self.out)

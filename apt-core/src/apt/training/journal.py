@@ -1,0 +1,139 @@
+"""What a run says of itself while it goes: `metrics.jsonl`, the loggers, and the lines and the bar on the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from apt.core.config import APTConfig
+from apt.core.resolve import Resolved
+from apt.hookspecs import RunState
+from apt.training.evaluate import Score
+from apt.training.peak import Utilisation
+from apt.training.phases import Certificate
+from apt.training.progress import Report
+from apt.training.ranks import Ranks
+from apt.training.record import Metrics
+from apt.training.step import Done
+from apt.training.watch import SpikeDetector, Stopwatch
+
+
+class Journal:
+    """Notes each event of a run. Its clock runs from when it is made, and says how fast training is."""
+
+    def __init__(
+        self,
+        config: APTConfig,
+        resolved: Resolved,
+        metrics: Metrics,
+        report: Report,
+        utilisation: Utilisation,
+        ranks: Ranks,
+    ) -> None:
+        self.resolved = resolved
+        self.metrics, self.report, self.utilisation, self.ranks = metrics, report, utilisation, ranks
+        self.every = config.monitoring.log_every
+        self._watch = Stopwatch()
+        self._unsound: set[str] = set()
+        """Metrics whose bounds were left, which is told once."""
+        self._spikes = None if config.monitoring.spike is None else SpikeDetector(config.monitoring.spike)
+
+    def line(self, text: str) -> None:
+        """Print a line."""
+        self.report.line(text)
+
+    def paused(self) -> contextlib.AbstractContextManager[None]:
+        """What happens in here is not training time."""
+        return self._watch.paused()
+
+    def stepped(self, done: Done) -> None:
+        """A step was taken: it is counted, and told where it is time to. All ranks call it."""
+        for name, loss in done.losses.items():
+            self._watch.add(name if name == "loss" else f"loss_{name}", loss)
+        self._watch.done(done.tokens)
+        step = done.state.step
+        if self._spikes is not None:
+            total = self.ranks.sum({"": done.losses["loss"]})[""].item()
+            if self._spikes.is_spike(total):
+                self.metrics.write("spike", step=step, epoch=done.state.epoch, loss=total)
+                self.line(f"step {step}: the loss spikes to {total:.3f}")
+        if step % self.every == 0 or step in (1, done.state.max_steps):
+            self._tell(done)
+
+    def not_finite(self, state: RunState, action: str, what: str) -> None:
+        """A step's numbers were not finite."""
+        self.metrics.write("nonfinite", step=state.step, epoch=state.epoch, action=action, what=what)
+
+    def switched(self, certificate: Certificate, state: RunState) -> None:
+        """What a switch changed."""
+        self.metrics.write(
+            "switch",
+            step=state.step,
+            epoch=state.epoch,
+            plugin=certificate.plugin,
+            loss_before=certificate.loss_before,
+            loss_after=certificate.loss_after,
+            change=certificate.change,
+            change_in_training=certificate.training,
+            tolerance=certificate.tolerance,
+            holds=certificate.holds,
+            **certificate.metrics,
+        )
+        self.line(str(certificate))
+
+    def evaluated(self, state: RunState, scored: Score, seen: Mapping[str, Tensor], extra: Mapping[str, float]) -> None:
+        """The held-out loss, with the model's metrics and the plugins'."""
+        self.metrics.write(
+            "evaluation",
+            step=state.step,
+            epoch=state.epoch,
+            split="validation",
+            loss=scored.loss,
+            bits_per_byte=scored.bits_per_byte,
+            values=dict(state.values),
+            plugins_on=list(state.plugins_on),
+            **{name: metric.tolist() for name, metric in seen.items()},
+            **extra,
+        )
+        self.line(
+            f"step {state.step}: held-out loss {scored.loss:.4f} nats a token, {scored.bits_per_byte:.4f} bits a byte"
+        )
+
+        self._warn_of_unsound(seen)
+
+    def _warn_of_unsound(self, seen: Mapping[str, Tensor]) -> None:
+        """Say, once a run, which metric is outside of the bounds that its provider gives."""
+        for where, provider in self.resolved.parts():
+            for name, (low, high, meaning) in provider.sound.items():
+                if name not in seen or name in self._unsound or low <= seen[name].item() <= high:
+                    continue
+                self._unsound.add(name)
+                bounds = f"between {low:g} and {high:g}"
+                self.line(f"warning: {where}: {name} is {seen[name].item():.3g}, not {bounds}: {meaning}")
+
+    def sampled(self, state: RunState, text: str) -> None:
+        """What the model wrote."""
+        self.metrics.write("sample", step=state.step, epoch=state.epoch, text=text)
+
+    def _tell(self, done: Done) -> None:
+        sums, speed = self._watch.read()
+        seen = {name: value.item() for name, value in self.ranks.sum(sums).items()}
+        state = done.state
+        used = self.utilisation.of(speed, state)
+        self.metrics.write(
+            "train",
+            step=state.step,
+            epoch=state.epoch,
+            split="train",
+            **seen,
+            learning_rate=done.rate,
+            gradient_norm=done.norm,
+            tokens_per_second=round(speed, 1),
+            **({} if used is None else {"mfu": used}),
+            values=dict(state.values),
+            plugins_on=list(state.plugins_on),
+            **done.metrics,
+        )
+        self.report.step(state, seen["loss"], speed, used, done.rate)

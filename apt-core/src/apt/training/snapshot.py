@@ -1,0 +1,242 @@
+"""A checkpoint is written: to a temporary folder, flushed to the disk, renamed, and only then does `latest` point to it.
+
+A crash at any moment leaves the one before. A manifest holds a digest of each file. Nothing is pickled. Where a model is split
+over ranks each writes its part (`apt.training.tensors`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from apt.core.config import APTConfig
+from apt.core.local import code_of, kept_name
+from apt.core.lock import make_lock
+from apt.core.profile import dump_resolved
+from apt.core.providers import Tokenizer
+from apt.core.resolution import record_of
+from apt.core.resolve import Resolved
+from apt.errors import CheckpointError
+from apt.hookspecs import RunState
+from apt.layers.sharded import local
+from apt.training.checkpoint import EXTRA, FORMAT, LATEST, MANIFEST, OPTIMIZER, PROFILE, STATE, WEIGHTS, digest_of
+from apt.training.randoms import RandomState, name_tensors
+from apt.training.ranks import ALONE, Ranks
+from apt.training.tensors import (
+    PARTS,
+    copied,
+    model_tensors,
+    optimizer_tensors,
+    split_apart,
+    write_parts,
+    write_whole,
+)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A checkpoint in memory: what is written later is what was then."""
+
+    step: int
+    texts: Mapping[str, str | bytes]
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    """By file, what this rank holds whole; rank 0 writes it."""
+    tokenizer: Tokenizer
+    parts: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    """By file, what is split over the ranks; each writes what it holds."""
+
+    def num_bytes(self, ranks: Ranks = ALONE) -> int:
+        """About what it takes on the disk, all ranks together."""
+        whole, mine = (
+            sum(local(tensor).nbytes for each in group.values() for tensor in each.values())
+            for group in (self.tensors, self.parts)
+        )
+        return whole + sum(ranks.gather(mine)) + 2**20
+
+
+def take_snapshot(
+    *,
+    config: APTConfig,
+    resolved: Resolved,
+    model: nn.Module,
+    optimizer: Optimizer,
+    tokenizer: Tokenizer,
+    state: RunState,
+    hooks: Mapping[str, Mapping[str, object]],
+    corpus_digest: str,
+    progress: Mapping[str, object],
+    randoms: Sequence[RandomState],
+    copy: bool,
+) -> Snapshot:
+    """Everything that a resume needs. With `copy` nothing that training changes later changes the snapshot.
+
+    `progress` is what the trainer itself wants to find again, as JSON values; `randoms` has the states of each rank.
+    """
+    plain, extra = _split(hooks)
+    extra |= name_tensors(randoms)
+    weights, (moments, numbers) = model_tensors(model), optimizer_tensors(model, optimizer)
+    saved = {
+        "format": FORMAT,
+        "step": state.step,
+        "epoch": state.epoch,
+        "max_steps": state.max_steps,
+        "max_epochs": state.max_epochs,
+        "plugins_on": list(state.plugins_on),
+        "values": dict(state.values),
+        "progress": dict(progress),
+        "hooks": plain,
+        "optimizer": numbers,
+        "random": [dict(each.plain) for each in randoms],
+        "corpus": corpus_digest,
+        "lock": make_lock(resolved).to_dict(),
+    }
+    texts: dict[str, str | bytes] = {PROFILE: dump_resolved(config, resolved), STATE: json.dumps(saved, indent=1)}
+    for resolution in resolved.resolutions:
+        record = record_of(resolution.provider)
+        if record.sha256:
+            texts[kept_name(record.name)] = code_of(record)
+    if copy:
+        weights, moments = copied(weights), copied(moments)
+    whole, parts = {EXTRA: extra}, {}
+    for file, tensors in ((WEIGHTS, weights), (OPTIMIZER, moments)):
+        whole[file], split = split_apart(tensors)
+        if split:
+            parts[file] = split
+    return Snapshot(state.step, texts, whole, tokenizer, parts)
+
+
+def write_snapshot(run: Path, snapshot: Snapshot, ranks: Ranks = ALONE) -> Path:
+    """Write ``step-NNNNNN`` below `run`, whole or not at all, and point `latest` to it.
+
+    Where the snapshot has parts, all `ranks` call it, on one file system. Raises `CheckpointError`, on all of them, where the
+    disk has no room or refuses; what was saved before is untouched then.
+    """
+    folder = run / f"step-{snapshot.step:06d}"
+    temporary = run / f".{folder.name}.part"
+    needed = snapshot.num_bytes(ranks)
+
+    def write() -> None:
+        if ranks.is_main:
+            _require_room(folder, needed)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            for name, text in snapshot.texts.items():
+                (temporary / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+            for name, tensors in snapshot.tensors.items():
+                write_whole(temporary / name, tensors)
+            snapshot.tokenizer.save(temporary)
+
+    def seal() -> dict[str, str]:
+        mine = sorted(path for path in temporary.rglob("*") if path.is_file() and _writer(path) == ranks.rank)
+        digests = {path.relative_to(temporary).as_posix(): digest_of(path) for path in mine}
+        for path in mine:
+            _flush(path)
+        return digests
+
+    def finish() -> None:
+        if ranks.is_main:
+            (temporary / MANIFEST).write_text(json.dumps(dict(sorted(digests.items())), indent=1))
+            _flush(temporary / MANIFEST)
+            for inner in (*(path for path in temporary.rglob("*") if path.is_dir()), temporary):
+                _flush(inner)
+            if folder.exists():
+                shutil.rmtree(folder)
+            temporary.rename(folder)
+            _flush(run)
+            point(run, LATEST, folder)
+
+    stages = _Stages(folder, temporary, ranks)
+    stages.do(write)
+    for name, split in snapshot.parts.items():
+        stages.do(lambda name=name, split=split: write_parts(temporary / name, split, ranks))  # type: ignore[misc]
+    digests: dict[str, str] = {}
+    for found in ranks.gather(stages.do(seal)):
+        digests |= found
+    stages.do(finish)
+    return folder
+
+
+class _Stages:
+    """The stages of writing one checkpoint: where one fails on any rank, it has failed on all."""
+
+    def __init__(self, folder: Path, temporary: Path, ranks: Ranks) -> None:
+        self.folder, self.temporary, self.ranks = folder, temporary, ranks
+
+    def do(self, stage: Callable[[], T]) -> T:
+        """One stage. Raises `CheckpointError`."""
+        error: BaseException | None = None
+        fault = ""
+        try:
+            result = stage()
+        except CheckpointError as told:
+            error, fault = told, str(told)
+        except OSError as told:
+            error, fault = told, told.strerror or str(told)
+        except SafetensorError as told:
+            error, fault = told, str(told)
+        faults = [each for each in self.ranks.gather(fault) if each]
+        if faults:
+            if self.ranks.is_main:
+                shutil.rmtree(self.temporary, ignore_errors=True)
+            if isinstance(error, CheckpointError):
+                raise error
+            raise CheckpointError(
+                f"{self.folder}: cannot be written: {'; '.join(dict.fromkeys(faults))}; what was saved before is untouched"
+            ) from error
+        return result
+
+
+def _require_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder.parent).free
+    if needed > free:
+        raise CheckpointError(
+            f"{folder}: needs {needed / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free; make room and go on; "
+            "what was saved before is untouched"
+        )
+
+
+def _writer(path: Path) -> int:
+    """The rank that wrote a file: those of parts are numbered from 1 on."""
+    return int(path.name.split("-")[1]) - 1 if path.parent.suffix == PARTS else 0
+
+
+def point(run: Path, pointer: str, folder: Path) -> None:
+    """Let the file `pointer` of a run name one of its checkpoints, at once or not at all."""
+    temporary = run / f".{pointer}.part"
+    temporary.write_text(folder.name + "\n")
+    _flush(temporary)
+    temporary.replace(run / pointer)
+    _flush(run)
+
+
+def _split(hooks: Mapping[str, Mapping[str, object]]) -> tuple[dict[str, dict[str, object]], dict[str, Tensor]]:
+    """What plugins save, as JSON values and tensors."""
+    plain: dict[str, dict[str, object]] = {}
+    tensors: dict[str, Tensor] = {}
+    for plugin, values in hooks.items():
+        plain[plugin] = {}
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"hooks.{plugin}/{key}"] = value.detach().clone()
+            else:
+                plain[plugin][key] = value
+    return plain, tensors
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
