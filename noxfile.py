@@ -21,6 +21,7 @@ nox.options.sessions = ["lint", "imports", "types", "tests", "authors", "docs"]
 DISTRIBUTIONS = ("apt-core", "apt-attention-tva", "apt-moe", "apt-align", "apt-rag")
 SOURCES = [f"{name}/src" for name in DISTRIBUTIONS]
 EXTRAS = ("bpe", "chat", "gguf")
+MORE_EXTRAS = ("datasets", "tensorboard", "wandb", "mlflow")
 TEST_TOOLS = ("pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis", "jsonschema", "beartype")
 TYPES = ("mypy>=1.18", "types-PyYAML", "types-psutil")
 BLOCKS = ("sybil>=9",)
@@ -113,6 +114,13 @@ def thorough(session: nox.Session) -> None:
     """Further cases of what the tests of everything together cover, which would make the ordinary command long."""
     install(session, DISTRIBUTIONS)
     pytest(session, "-n", "2", "-m", "thorough", "tests")
+
+
+@nox.session
+def extras(session: nox.Session) -> None:
+    """The extras that the other sessions do without, and the tests that they skip."""
+    install(session, ("apt-core",), *sorted({*declared("apt-core", *MORE_EXTRAS)} - {*declared("apt-core")}))
+    pytest(session, "-rs", "apt-core/tests/builtin/test_loggers.py", "apt-core/tests/builtin/test_datasets.py")
 
 
 @nox.session

@@ -17,7 +17,7 @@ import torch
 from apt.core.config import APTConfig
 from apt.core.profile import dump_profile
 from apt.errors import CheckpointError
-from apt.training.checkpoint import list_checkpoints, load_run, verify
+from apt.training.checkpoint import list_checkpoints, load_run, read_saved, verify
 from apt.training.record import read_metrics
 
 pytestmark = pytest.mark.timeout(900)  # a busy machine is no fault of the code
@@ -165,6 +165,22 @@ def test_parts_of_every_kind_train_when_split(profile: Path, tmp_path: Path) -> 
     words += ["--set", "model.dropout=0.1", "--set", "training.precision=bf16", "--set", "training.recompute=true"]
     train(2, profile, tmp_path / "two", *words, *FSDP)
     assert load_run(tmp_path / "two").state.step == 20
+
+
+@thorough
+@both
+def test_all_ranks_compute_by_what_the_first_one_found_and_go_on_so(
+    profile: Path, tmp_path: Path, parallel: list[str]
+) -> None:
+    words, out = ["--set", "hardware.matmul=auto", *parallel], tmp_path / "run"
+    said = train(2, profile, out, *words, "--set", "training.max_steps=13")
+    assert said.count("matmul: products by") == 1
+    found = json.loads((out / "record.json").read_text())["calibration"]
+    assert found["figures"]
+    train(2, profile, out, *words, "--set", "training.max_steps=20", "--resume", "auto")
+    (first, *_, last) = list_checkpoints(out)
+    for checkpoint in (first, last):
+        assert read_saved(checkpoint)["progress"]["calibration"] == found
 
 
 def start(profile: Path, out: Path, *words: str) -> subprocess.Popen[str]:

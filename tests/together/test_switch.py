@@ -55,6 +55,19 @@ def test_each_switch_is_measured_shown_and_recorded(tiny: APTConfig, tmp_path: P
     assert f"moe_dropped {moe['moe_dropped']:.4f}" in said
 
 
+def test_micro_batches_are_one_large_batch_with_experts_that_drop_nothing(tiny: APTConfig, tmp_path: Path) -> None:
+    # What is of the micro-batch by its nature is off: a capacity, and the load in the load-balance loss.
+    config = with_ffn(tiny, capacity=None, router={"provider": "topk_default", "top_k": 2, "balance_loss": 0.0})
+    train(config, tmp_path / "large")
+    train(changed(config, "training", batch_size=2, accumulate=2), tmp_path / "small")
+    one, other = (
+        [(each["loss"], each["gradient_norm"]) for each in read_metrics(tmp_path / name) if each["event"] == "train"]
+        for name in ("large", "small")
+    )
+    assert len(one) == 20
+    assert other == [pytest.approx(each, rel=1e-5, abs=1e-6) for each in one]
+
+
 def test_measuring_a_switch_changes_no_bit(tiny: APTConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bias = {"provider": "sigmoid_bias", "top_k": 2}
     config = with_ffn(tiny, router=bias).model_copy(update={"dropout": 0.1, "schedules": {**tiny.schedules}})

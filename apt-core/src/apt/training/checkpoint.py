@@ -110,7 +110,8 @@ def verify(folder: Path) -> None:
     except (OSError, ValueError) as error:
         wrong = [str(error)]
     if wrong:
-        before = [each for each in list_checkpoints(folder.parent) if each.name < folder.name]
+        ordered = list_checkpoints(folder.parent)
+        before = ordered[: ordered.index(folder)] if folder in ordered else ordered
         hint = f"use the one before, {before[-1]}" if before else "there is none before it"
         raise CheckpointError(f"{folder}: damaged ({', '.join(wrong)}); {hint}")
 

@@ -54,7 +54,8 @@ class Saver:
         if is_best:
             point(self.run, BEST, folder)
         named = {(self.run / name).read_text().strip() for name in (LATEST, BEST) if (self.run / name).is_file()}
-        done = [each for each in list_checkpoints(self.run) if each.name <= folder.name]
+        ordered = list_checkpoints(self.run)
+        done = ordered[: ordered.index(folder) + 1]
         for old in done[: -self.keep_last]:
             if old.name not in named:
                 shutil.rmtree(old)

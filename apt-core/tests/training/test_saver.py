@@ -1,0 +1,54 @@
+"""What is kept of a run's checkpoints goes by the steps that they hold, not by what their folders are called."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from apt.errors import CheckpointError
+from apt.training.checkpoint import list_checkpoints, verify
+from apt.training.saver import Saver
+from apt.training.snapshot import Snapshot
+
+
+class Silent:
+    """A tokenizer that has nothing to save."""
+
+    def save(self, folder: Path) -> None:
+        pass
+
+
+def snapshot(step: int) -> Snapshot:
+    return Snapshot(step, {"state.json": json.dumps({"step": step})}, {}, Silent())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_the_older_ones_go_even_where_names_sort_otherwise(tmp_path: Path, asynchronous: bool) -> None:
+    saver = Saver(tmp_path, keep_last=2, keep_best=False, asynchronous=asynchronous)
+    for step in (999_998, 999_999, 1_000_000, 1_000_001):
+        saver.save(snapshot(step))
+    saver.wait()
+    assert [each.name for each in list_checkpoints(tmp_path)] == ["step-1000000", "step-1000001"]
+    assert (tmp_path / "latest").read_text() == "step-1000001\n"
+
+
+def test_what_is_offered_for_a_damaged_one_is_the_one_before_by_its_step(tmp_path: Path) -> None:
+    saver = Saver(tmp_path, keep_last=3, keep_best=False, asynchronous=False)
+    for step in (999_999, 1_000_000, 1_000_001):
+        saver.save(snapshot(step))
+    shutil.move(tmp_path / "step-999999", tmp_path / "zero")
+    state = tmp_path / "step-1000000" / "state.json"
+    state.write_text(state.read_text() + " ")
+    with pytest.raises(CheckpointError, match=r"step-1000000: damaged \(state.json\); use the one before, .*zero$"):
+        verify(tmp_path / "step-1000000")
+
+
+def test_what_a_thread_could_not_write_is_told_at_the_next_save(tmp_path: Path) -> None:
+    saver = Saver(tmp_path, keep_last=1, keep_best=False, asynchronous=True)
+    (tmp_path / "step-000001").write_text("in the way")
+    saver.save(snapshot(1))
+    with pytest.raises(CheckpointError, match=r"step-000001: cannot be written: Not a directory"):
+        saver.save(snapshot(2))
