@@ -18,12 +18,14 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+import math
 import os
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -114,6 +116,7 @@ def main() -> int:
         "--only", nargs="+", metavar="NAME", help="contestants by their names, or beginnings of names with a *"
     )
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no more rounds after so long, start included")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--results", type=Path, metavar="FILE", help="append what is measured, a line a contestant")
     parser.add_argument("--table", type=Path, metavar="FILE", help="measure nothing, print a table of these results")
@@ -128,7 +131,7 @@ def main() -> int:
         (Path(place) / "text.txt").write_text(text)
         (np.frombuffer(text.encode(), np.uint8).astype(np.uint16) + 3).tofile(Path(place) / "tokens.bin")
         for name in arguments.case:
-            results = measure(name, contestants(name, arguments, Path(place)), arguments.rounds)
+            results = measure(name, contestants(name, arguments, Path(place)), arguments.rounds, arguments.seconds)
             if arguments.results is not None:
                 with arguments.results.open("a") as file:
                     file.writelines(json.dumps(each) + "\n" for each in results)
@@ -213,12 +216,15 @@ def apt_profile(
     }
 
 
-def measure(name: str, field: list[Contestant], rounds: int) -> list[dict[str, object]]:
+def measure(name: str, field: list[Contestant], rounds: int, seconds: float) -> list[dict[str, object]]:
     """Let all of them train by turns; what each of them did in each round."""
+    end = time.monotonic() + seconds
     for each in field:
         each.start()
         print(f"({name}) {each.name}: {each.steps} steps a turn", file=sys.stderr, flush=True)
     for number in range(rounds):
+        if time.monotonic() > end:
+            break
         # In another order each time, so that nobody always follows the same one.
         for each in random.Random(number).sample(field, len(field)):
             each.turn()
