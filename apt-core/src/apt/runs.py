@@ -20,17 +20,10 @@ from apt.data.corpus import require
 from apt.data.prepare import Prepared, prepare
 from apt.errors import CheckpointError, UserError
 from apt.training.card import write_card
-from apt.training.checkpoint import (
-    IMPORTED,
-    MANIFEST,
-    PROFILE,
-    LoadedRun,
-    load_run,
-    take_snapshot,
-    write_snapshot,
-)
+from apt.training.checkpoint import IMPORTED, MANIFEST, PROFILE, LoadedRun, load_run
 from apt.training.evaluate import Score, score
 from apt.training.record import Metrics, write_record
+from apt.training.snapshot import take_snapshot, write_snapshot
 from apt.training.start import Parent
 
 __all__ = ["LoadedRun", "Prepared", "Score", "derive_run", "load_run", "open_text", "score_run", "to_new_folder"]
