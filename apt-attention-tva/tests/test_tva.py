@@ -36,6 +36,7 @@ def reference(layer: TriVeinAttention, x: Tensor) -> Tensor:
     """The formula of the docstring, head by head, with all scores in memory."""
     shape, seq = layer.shape, x.shape[1]
     heads, kv_heads, d = shape.num_heads, shape.num_kv_heads, layer.d_head
+    scale = (layer.rank if layer.apt_provider.scale == "rank" else d) ** -0.5
     wide = linear(x, layer.qkv.weight, layer.qkv.bias).unflatten(-1, (-1, d)).transpose(1, 2)
     q, k, v = wide.split((heads, kv_heads, kv_heads), 1)
 
@@ -55,7 +56,7 @@ def reference(layer: TriVeinAttention, x: Tensor) -> Tensor:
             one, two = (place(t, norm) @ down.T for t, norm in ((one, layer.q_norm), (two, layer.k_norm)))
         else:
             one, two = (place(t @ down.T, norm) for t, norm in ((one, layer.q_norm), (two, layer.k_norm)))
-        scores = (one @ two.mT * shape.scale).masked_fill(hidden, -math.inf)
+        scores = (one @ two.mT * scale).masked_fill(hidden, -math.inf)
         mixed.append((scores.softmax(-1) @ (v[:, kv : kv + 1] @ down.T)) @ up.T)
     return linear(torch.cat(mixed, -1)[:, 0], layer.out.weight, layer.out.bias)
 

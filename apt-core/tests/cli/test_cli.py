@@ -285,6 +285,29 @@ class Mine(MLP):
     assert "this is a fault of provider code (calling Layer), not of your input" in told
 
 
+def test_a_provider_that_does_not_learn_is_no_fault_of_the_user(
+    capsys: pytest.CaptureFixture[str], profile_file: Path, tmp_path: Path
+) -> None:
+    code = """
+from torch import nn
+
+from apt.builtin.ffn import MLP
+
+
+class Mine(MLP):
+    "Makes a layer with a map that nothing uses."
+
+    def create_layer(self, d_model, d_ff, dropout=0.0, activation="gelu"):
+        layer = super().create_layer(d_model, d_ff, dropout, activation)
+        layer.idle_map = nn.Linear(2, 2)
+        return layer
+"""
+    (profile_file.parent / "mine.py").write_text(code)
+    words = ["train", "-p", str(profile_file), "--out", str(tmp_path / "run"), "--set", "model.ffn=./mine.py:Mine"]
+    assert main(words) == 1
+    assert "blocks.0.ffn: its parameter idle_map.weight got no gradient" in capsys.readouterr().err
+
+
 def test_a_method_that_does_not_take_what_it_is_called_with_is_refused_at_once(
     capsys: pytest.CaptureFixture[str], profile_file: Path
 ) -> None:
