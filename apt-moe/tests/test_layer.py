@@ -325,3 +325,37 @@ def test_the_router_may_be_a_third_party_s() -> None:
 
     part = mixture(experts=4, router=First(top_k=3))(torch.randn(1, 5, 16))
     torch.testing.assert_close(part.metrics["moe_load"], torch.tensor([1 / 3, 1 / 3, 1 / 3, 0]))
+
+
+ROUTERS: list[dict[str, object]] = [
+    {"provider": "topk_default", "top_k": 2, "z_loss": 0.1},
+    {"provider": "topk_default", "top_k": 4},
+    {"provider": "noisy_topk", "top_k": 2},
+    {"provider": "switch"},
+    {"provider": "sigmoid_bias", "top_k": 2, "sequence_balance": 0.1},
+    {"provider": "expert_choice", "top_k": 2, "allow_noncausal": True},
+    {"provider": "hash", "top_k": 2},
+    {"provider": "random", "top_k": 2},
+]
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=lambda router: f"{router['provider']}-{router.get('top_k', 1)}")
+@pytest.mark.parametrize("capacity", [None, 0.01])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_where_there_is_no_token_or_only_padding_every_number_is_finite_and_nothing_is_dropped(
+    router: dict[str, object], capacity: float | None, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    options = {"experts": 4, "router": router, "capacity": capacity, "upcycle": False}
+    layer = MoE.model_validate(options).create_layer(8, 16).to(dtype)
+    for shape, padding in (((0, 3), False), ((2, 0), False), ((2, 3), True)):
+        for training in (True, False):
+            layer.train(training)
+            x = torch.randn(*shape, 8, dtype=dtype, requires_grad=True)
+            given = {"tokens": torch.zeros(shape, dtype=torch.long)} if layer.takes_tokens else {}
+            part = layer(x, mask=torch.zeros(shape, dtype=torch.bool) if padding else None, **given)
+            assert (part.output.shape, part.output.dtype) == (x.shape, dtype)
+            torch.autograd.backward(part.output.float().sum() + sum(part.losses.values()))
+            told = {**part.losses, **part.metrics}
+            assert all(each.isfinite().all() for each in told.values()), told
+            assert part.metrics["moe_dropped"] == 0

@@ -43,7 +43,7 @@ def sequence_balance_loss(gates: Tensor, indices: Tensor, mask: Tensor | None = 
     total = gates.sum(-1, keepdim=True).clamp(min=torch.finfo(gates.dtype).tiny)
     probability = gates / total * counted.unsqueeze(-1)
     mean_probability = probability.sum(1) / counted.sum(1).clamp(min=1).unsqueeze(-1)
-    return (gates.shape[-1] * share.detach() * mean_probability).sum(-1).mean()
+    return _mean((gates.shape[-1] * share.detach() * mean_probability).sum(-1), None)
 
 
 def z_loss(logits: Tensor, counted: Tensor | None = None) -> Tensor:
@@ -86,5 +86,5 @@ def over_ranks(counts: Tensor) -> Tensor:
 
 def _mean(values: Tensor, counted: Tensor | None) -> Tensor:
     if counted is None:
-        return values.mean()
+        return values.sum() / max(1, values.numel())  # no tokens, no loss: 0, where a mean would be 0 / 0
     return (values * counted).sum() / counted.sum().clamp(min=1)

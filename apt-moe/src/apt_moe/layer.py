@@ -147,10 +147,10 @@ class MixtureOfExperts(nn.Module):
                 load = sent.sum(0).float()
                 metrics["moe_load"] = load / load.sum().clamp(min=1)
                 # What no expert chose goes by the residual.
-                tokens = len(sent) if mask is None else mask.sum()
-                metrics["moe_dropped"] = 1 - sent.any(-1).sum() / tokens
+                tokens = x.new_tensor(len(sent), dtype=torch.float32) if mask is None else mask.sum()
+                metrics["moe_dropped"] = (tokens - sent.any(-1).sum()) / tokens.clamp(min=1)
             else:
-                metrics["moe_dropped"] = 1 - kept.sum() / total
+                metrics["moe_dropped"] = (load.sum() - kept.sum()) / total
         if not self.training:
             metrics |= self.router_provider.observe(self.router, x, mask)
         return metrics
