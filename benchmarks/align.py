@@ -1,10 +1,10 @@
-"""What consistency losses are worth where text repeats: one tiny model, 60 kB of text, fifteen passes, trained six ways.
+"""What consistency losses are worth where text repeats: one tiny model, 12 kB of text, 34 passes, trained six ways.
 
-``python benchmarks/align.py run TEXT --out DIR [--seeds 0 1 2]`` trains what is not there yet, from any text of at least 120 kB
-in UTF-8; ``python benchmarks/align.py table --out DIR`` prints the table of docs/align.md. It goes on where it was
-stopped; a run of `plain` takes two to three minutes of one thread, all of them together over an hour.
+``python benchmarks/align.py run TEXT --out DIR [--seeds 0 1 2] [--arms plain rdrop] [--size BYTES]`` trains what is not there
+yet, from any text of at least 42 kB in UTF-8; ``python benchmarks/align.py table --out DIR`` prints the table of docs/align.md. It
+goes on where it was stopped; a run of `plain` takes a minute of one thread, all of them together 25.
 
-The first 60 kB are trained on, the next 60 kB are held out. Each arm has the same steps, the same batches in the same order, the
+The first BYTES are trained on, the next 30 kB are held out. Each arm has the same steps, the same batches in the same order, the
 same dropout and learning rate. `plain` also averages its weights (`mean_teacher` at weight 0), which changes nothing else: one
 run gives the baseline and the averaged weights. `doubled` is R-Drop's own control: a batch of twice the size, which costs
 what R-Drop's second pass costs.
@@ -33,14 +33,14 @@ from apt.training.record import read_metrics
 from apt.training.trainer import Trainer
 from apt.training.weights import list_weights, use_weights
 
-STEPS, EVALUATIONS, BATCH, CONTEXT = 400, 8, 8, 64
-LEARNT, HELD_OUT, PIECE = 5_000, 15_000, 500
-"""Bytes that are trained on, bytes behind them that are held out, and bytes of a document."""
+STEPS, EVALUATIONS, BATCH, CONTEXT = 800, 10, 8, 64
+LEARNT, HELD_OUT, PIECE = 12_000, 30_000, 1_500
+"""Bytes that are trained on, bytes behind them that are held out, and characters of a document."""
 PROFILE = """
 name: align
 plugins: [align]
 model:
-  {{d_model: 64, num_heads: 2, num_layers: 2, d_ff: 256, max_seq_len: {context}, dropout: 0.1, attention_dropout: 0.0,
+  {{d_model: 96, num_heads: 4, num_layers: 3, d_ff: 384, max_seq_len: {context}, dropout: 0.1, attention_dropout: 0.0,
     attention: sdpa, ffn: default, align: {align}}}
 training:
   {{max_steps: {steps}, batch_size: {batch}, learning_rate: 3.0e-3, warmup_steps: 50, weight_decay: 0.1, gradient_clip: 1.0,
@@ -61,15 +61,15 @@ ARMS = {
 }
 
 
-def cut(text: Path, folder: Path) -> None:
+def cut(text: Path, folder: Path, size: int) -> None:
     """Write the text as documents, whose names say to APT which of them are held out."""
     folder.mkdir(parents=True, exist_ok=True)
-    read = text.read_bytes()[: LEARNT + HELD_OUT].decode(errors="ignore")
-    if len(read.encode()) < LEARNT + HELD_OUT - 4:
-        raise SystemExit(f"{text}: has {len(read.encode()):,} bytes; {LEARNT + HELD_OUT:,} are needed")
+    read = text.read_bytes()[: size + HELD_OUT].decode(errors="ignore")
+    if len(read.encode()) < size + HELD_OUT - 4:
+        raise SystemExit(f"{text}: has {len(read.encode()):,} bytes; {size + HELD_OUT:,} are needed")
     number = 0
     for start in range(0, len(read), PIECE):
-        wanted = "train" if start < LEARNT else "validation"
+        wanted = "train" if start < size else "validation"
         while split_of(f"{number:04}.txt") != wanted:
             number += 1
         (folder / f"{number:04}.txt").write_text(read[start : start + PIECE])
@@ -88,12 +88,12 @@ def config(arm: str, seed: int, text: Path) -> APTConfig:
         return load_profile(Path(file.name)).config
 
 
-def run(text: Path, out: Path, seeds: list[int], arms: list[str]) -> None:
+def run(text: Path, out: Path, seeds: list[int], arms: list[str], size: int) -> None:
     """Train what is not there yet; a line for each run."""
     torch.set_num_threads(1)
     pieces = out / "text"
     if not pieces.is_dir():
-        cut(text, pieces)
+        cut(text, pieces, size)
     for seed in seeds:
         for arm in arms:
             folder = out / f"{arm}-{seed}"
@@ -158,13 +158,14 @@ def main() -> None:
     train = commands.add_parser("run")
     train.add_argument("text", type=Path)
     train.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    train.add_argument("--size", type=int, default=LEARNT, metavar="BYTES", help="trained on; one size a DIR")
     train.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     show = commands.add_parser("table")
     for each in (train, show):
         each.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     if arguments.command == "run":
-        run(arguments.text, arguments.out, arguments.seeds, arguments.arms)
+        run(arguments.text, arguments.out, arguments.seeds, arguments.arms, arguments.size)
     else:
         table(arguments.out)
 
