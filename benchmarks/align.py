@@ -1,8 +1,8 @@
 """What consistency losses are worth where text repeats: one tiny model, 12 kB of text, 34 passes, trained six ways.
 
 ``python benchmarks/align.py run TEXT --out DIR [--seeds 0 1 2] [--arms plain rdrop] [--size BYTES]`` trains what is not there
-yet, from any text of at least 42 kB in UTF-8; ``python benchmarks/align.py table --out DIR`` prints the table of docs/align.md. It
-goes on where it was stopped; a run of `plain` takes a minute of one thread, all of them together 25.
+yet, from any text of at least 42 kB in UTF-8; ``python benchmarks/align.py table --out DIR`` prints the table of docs/align.md.
+It goes on where it was stopped; a run of `plain` takes a minute of one thread, all of them together 25.
 
 The first BYTES are trained on, the next 30 kB are held out. Each arm has the same steps, the same batches in the same order, the
 same dropout and learning rate. `plain` also averages its weights (`mean_teacher` at weight 0), which changes nothing else: one
