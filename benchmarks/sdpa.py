@@ -119,7 +119,7 @@ def ways(rounds: int, precision: str) -> None:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     for batch, seq, heads, width in GRID:
         config = APTConfig(
-            vocab_size=64,
+            vocab_size=259,
             d_model=heads * width,
             d_ff=16,
             num_heads=heads,
