@@ -216,6 +216,8 @@ def chosen(draw: random.Random, document: dict[str, Any], suits: Callable[[tuple
 def misspelt(draw: random.Random, document: dict[str, Any]) -> bool:
     """A key, nested providers' options among them."""
     place = chosen(draw, document, lambda path, _: isinstance(path[-1], str))
+    if place is None:
+        return False
     holder, key, _ = place
     where = draw.randrange(len(key) + 1)
     holder[f"{key[:where]}zq{key[where:]}"] = holder.pop(key)
@@ -239,7 +241,10 @@ def reshaped(draw: random.Random, document: dict[str, Any]) -> bool:
     def suits(path: tuple[Any, ...], value: Any) -> bool:
         return path not in ({("plugins",), ("data", "path")}) and path[:1] != ("schedules",) and path[-1] != "layers"
 
-    holder, key, _ = chosen(draw, document, suits)
+    place = chosen(draw, document, suits)
+    if place is None:
+        return False
+    holder, key, _ = place
     value = holder[key]
     if isinstance(value, list):
         holder[key] = {str(index): each for index, each in enumerate(value)}
@@ -253,6 +258,8 @@ def reshaped(draw: random.Random, document: dict[str, Any]) -> bool:
 def mistyped(draw: random.Random, document: dict[str, Any]) -> bool:
     """What YAML readers take for something else, where a number or a yes or no belongs."""
     place = chosen(draw, document, lambda path, value: isinstance(value, bool | int | float))
+    if place is None:
+        return False
     holder, key, _ = place
     holder[key] = Raw(draw.choice(NO_SWITCH if isinstance(holder[key], bool) else NO_NUMBER))
     return True
@@ -261,6 +268,8 @@ def mistyped(draw: random.Random, document: dict[str, Any]) -> bool:
 def beyond(draw: random.Random, document: dict[str, Any]) -> bool:
     """A value just out of range."""
     place = chosen(draw, document, lambda path, _: path[-1] in BEYOND)
+    if place is None:
+        return False
     holder, key, _ = place
     holder[key] = draw.choice(BEYOND[key])
     return True
@@ -290,7 +299,10 @@ def unknown_schedule(draw: random.Random, document: dict[str, Any]) -> bool:
         ("route_tmp", "moe_capcity", "dropout", "model.dropout", "learning_rate", "align", "temperature")
     )
     switch = draw.choice(("enable_mo_at_epoch", "enable_voter_at_step", "enable_moe_at_epochs", "enable__at_step"))
-    document.setdefault("schedules", {})[switch if draw.random() < 0.4 else name] = 1 if draw.random() < 0.2 else ramp
+    schedules = document.setdefault("schedules", {})
+    if not isinstance(schedules, dict):
+        return False  # an earlier mutation took them
+    schedules[switch if draw.random() < 0.4 else name] = 1 if draw.random() < 0.2 else ramp
     return True
 
 
@@ -318,6 +330,8 @@ def moved(draw: random.Random, document: dict[str, Any]) -> bool:
 def exchanged(draw: random.Random, document: dict[str, Any]) -> bool:
     """Two values that took each other's place."""
     one, other = (chosen(draw, document, lambda _, value: not isinstance(value, dict | list)) for _ in range(2))
+    if one is None or other is None:
+        return False
     one[0][one[1]], other[0][other[1]] = other[0][other[1]], one[0][one[1]]
     return True
 

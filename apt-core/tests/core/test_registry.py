@@ -195,6 +195,14 @@ def test_options_that_are_refused_are_reported_together(registry):
     assert "data.reader.fst: no such option; did you mean 'fast'? options: size, fast" in str(caught.value)
 
 
+def test_options_that_no_json_can_be_are_refused_like_others(registry):
+    circle: dict[str, object] = {}
+    circle["size"] = circle
+    for options in ({1: 2, "size": 3}, circle, {"size": float("nan")}, {"size": object()}):
+        with pytest.raises(OptionsError):
+            registry.get("data", "reader", options, fallback=False)
+
+
 def test_a_missing_requirement_is_found_before_anything_is_imported(site, data_source):
     site.add("apt-a", {"data.a": "apt_a:Mine"}, {"apt_a": data_source}, requires=["no-such-thing>=1.9"])
     with pytest.raises(RequirementError) as caught:

@@ -161,7 +161,13 @@ def join(*parts: str) -> str:
 
 def canonical(options: Mapping[str, object]) -> str:
     """One string for equal options, whatever the order of their keys."""
-    return json.dumps(options, sort_keys=True, default=_plain, separators=(",", ":"))
+    try:
+        return json.dumps(options, sort_keys=True, default=_plain, separators=(",", ":"))
+    except (
+        TypeError,
+        ValueError,
+    ):  # keys of several types, or options within themselves: validation says what is wrong
+        return repr(options)
 
 
 def _plain(value: object) -> object:
