@@ -1,6 +1,6 @@
 """The framework's own share of a training step: what `apt-core train` does beside the work that every trainer does.
 
-    python benchmarks/overhead.py [--case a b] [--steps 200] [--threads 2]
+    python benchmarks/overhead.py [--case a b] [--steps 200] [--threads 2] [--cpu]
 
 The work is: gathering the batch, the model's forward pass, the cross entropy, the backward pass, the norm of the gradient and
 clipping, and the optimizer. All of these are timed within a run as a user starts it, and what is left of the time between one
@@ -122,13 +122,14 @@ class Scaled(FFNProvider):
 class Clock:
     """Seconds of the work, step by step; a step begins where its batch is gathered."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.now = now
         self.begun: list[float] = []
         self.work: list[float] = []
 
     def begin(self) -> None:
         """The next step."""
-        self.begun.append(time.perf_counter())
+        self.begun.append(self.now())
         self.work.append(0.0)
 
     def timed(self, work: Callable[Given, Result]) -> Callable[Given, Result]:
@@ -136,12 +137,12 @@ class Clock:
 
         @functools.wraps(work)
         def run(*args: Given.args, **kwargs: Given.kwargs) -> Result:
-            start = time.perf_counter()
+            start = self.now()
             try:
                 return work(*args, **kwargs)
             finally:
                 if self.work:
-                    self.work[-1] += time.perf_counter() - start
+                    self.work[-1] += self.now() - start
 
         return run
 
@@ -154,8 +155,9 @@ class Clock:
 class Watched(Trainer):
     """A run whose work is on a clock."""
 
+    clock: Clock
+
     def _run(self) -> None:
-        self.clock = Clock()
         step, timed = self.step, self.clock.timed
         get = timed(step.batches.get)
 
@@ -183,6 +185,7 @@ def main() -> int:
     parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--cpu", action="store_true", help="count the time of this process's CPU, for a busy machine")
     arguments = parser.parse_args()
     names = [f"idle{number}" for number in range(10)]
     for name in names:
@@ -200,12 +203,15 @@ def main() -> int:
             profile.write_text(PROFILE.format(**values))
             loaded = load_profile(profile)
             trainer = Watched(loaded.config, place / "run", resolved=loaded.resolved, console=Console(file=sys.stderr))
+            trainer.clock = Clock(time.process_time if arguments.cpu else time.perf_counter)
             trainer.fit()
         shares = trainer.clock.shares()
         whole, own = (sum(column) / len(shares) for column in zip(*shares, strict=True))
         share, middle = 100 * own / whole, 100 * statistics.median(part / length for length, part in shares)
+        clock = "CPU time" if arguments.cpu else "time"
         print(
-            f"({name}) {1e3 * whole:.2f} ms a step, {1e3 * own:.3f} ms of it the framework's own: {share:.2f} % "
+            f"({name}) {arguments.threads} threads, {clock}: {1e3 * whole:.2f} ms a step, {1e3 * own:.3f} ms of it the "
+            f"framework's own: {share:.2f} % "
             f"(median step {middle:.2f} %; goal under {case['goal']} %)",
             flush=True,
         )
