@@ -53,7 +53,7 @@ class Size:
     steps: int
 
 
-SIZES = {"small": Size(64, 2, 256, 64, 16, 300), "quickstart": Size(128, 4, 512, 128, 8, 1000)}
+SIZES = {"small": Size(64, 2, 256, 64, 16, 300), "quickstart": Size(128, 4, 512, 128, 8, 300)}
 PROFILE = """
 name: attention
 model:
