@@ -81,7 +81,7 @@ def estimate(config: APTConfig, resolved: Resolved) -> Estimate:
     vocabulary = config.vocab_size * width
     attention_size = attentions * attention.get_parameter_count(width, config.num_heads)
     parts = [
-        PartCost("embedding", "", 1, vocabulary, width, 0.0),
+        PartCost("embedding", "", 1, vocabulary, 0 if config.tie_embeddings else width, 0.0),  # a row of the head then
         *(
             [PartCost("positions", "learned", 1, length * width, width, 0.0)]
             if attention.needs_position_table()
