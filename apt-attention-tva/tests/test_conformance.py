@@ -135,11 +135,13 @@ def test_the_cache_holds_what_the_provider_says(provider: AttentionProvider, lay
     assert sum(tensor.numel() for tensor in tensors) == 2 * tokens * provider.get_cache_size(D_MODEL, HEADS)
 
 
-def test_scores_depend_on_distances_alone_unless_projected_last(layer: nn.Module) -> None:
+def test_scores_depend_on_distances_alone_where_the_provider_says_so(
+    provider: AttentionProvider, layer: nn.Module
+) -> None:
     x = states(1, SEQ)
     moved, here = (output(layer(x, positions=torch.arange(start, start + SEQ).unsqueeze(0))) for start in (50, 0))
     # The angles are float32.
-    assert torch.allclose(moved, here, atol=1e-5, rtol=1e-5) != getattr(layer, "late", False)
+    assert torch.allclose(moved, here, atol=1e-5, rtol=1e-5) == provider.depends_on_distances_alone()
 
 
 def test_positions_matter_unless_there_are_none(layer: nn.Module) -> None:

@@ -104,6 +104,10 @@ class TVA(HeadsProvider):
         between = Between.make((width if late else rank) if self.qk_norm else None, compensator)
         return TriVeinAttention(shape, rank, self.per_head, late, self.bias, between, dropout)
 
+    def depends_on_distances_alone(self) -> bool:
+        """Not where queries and keys are projected after they are turned: projector and turns do not commute."""
+        return self.project == "first" or self.positions != "rope"
+
     def get_subspace_rank(self, d_model: int) -> int:
         """The rank of the compensator's projector: d_model // r, at least 1."""
         return max(1, d_model // self.r)

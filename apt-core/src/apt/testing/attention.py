@@ -63,6 +63,8 @@ def distances_alone(subject: Subject) -> None:
     assert isinstance(provider, AttentionProvider)
     if provider.needs_position_table():
         raise NotApplicable("positions are added to the embeddings, before the layer")
+    if not provider.depends_on_distances_alone():
+        raise NotApplicable("the provider says that more than distances counts")
     layer, x = Bench(subject).layer(), states(2, SEQ)
     positions = torch.arange(SEQ).unsqueeze(0)
     right = output(layer(x, positions=positions))

@@ -50,6 +50,10 @@ class AttentionProvider(Provider):
         """Whether the model must add a learned table of `max_seq_len` positions to its embeddings for these layers."""
         return False
 
+    def depends_on_distances_alone(self) -> bool:
+        """Whether moving the positions of all tokens by as much changes nothing, as with rotary positions or none."""
+        return True
+
     def supports_masking(self) -> bool:
         """Whether the layer honours a key mask (True = keep)."""
         return True
