@@ -38,6 +38,7 @@ ELSEWHERE = {
     "model.architecture": "a decoder is trained here",
     "model.num_encoder_layers": "of the other architecture",
     "model.router_name": "the predecessor's",
+    "hardware.expert_parallel": "needs two ranks; test_ranks.py has them",
     "monitoring.tensorboard": "needs an extra; apt-core/tests/training/test_seeing.py has it",
     "monitoring.loggers": "need extras; apt-core/tests/training/test_seeing.py has them",
 }

@@ -13,7 +13,10 @@ from rich.console import Console
 
 from apt.core.config import APTConfig
 from apt.errors import ProofOfUseError, SwitchError
+from apt.hookspecs import RunState
 from apt.training.checkpoint import list_checkpoints
+from apt.training.journal import Journal
+from apt.training.phases import Certificate
 from apt.training.record import read_metrics
 from apt.training.trainer import Trainer
 from apt_align.plugin import AlignPlugin
@@ -131,25 +134,30 @@ def test_a_loss_that_weighs_nothing_is_not_waited_for(
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_the_experts_inherit_what_the_optimizer_remembers(tiny: APTConfig, tmp_path: Path, optimizer: str) -> None:
+def test_the_experts_inherit_what_the_optimizer_remembers(
+    tiny: APTConfig, tmp_path: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: dict[str, Any] = {}
 
-    class Looking(Trainer):
-        def _certified(self, certificate, state):  # type: ignore[no-untyped-def]
-            super()._certified(certificate, state)
-            if certificate.plugin == "moe":
-                ffn = self.model.blocks[0].ffn
-                for name, dense in ffn.dense.named_parameters():
-                    stack = ffn.experts.layer.get_parameter(name)
-                    memory = [
-                        {key: value.clone() for key, value in self.optimizer.state[each].items()}
-                        for each in (dense, stack)
-                    ]
-                    seen[name] = (dense.detach().clone(), stack.detach().clone(), *memory)
+    switched = Journal.switched
 
-    config = changed(tiny, "training", optimizer=optimizer)
+    def look(journal: Journal, certificate: Certificate, state: RunState) -> None:
+        switched(journal, certificate, state)
+        if certificate.plugin == "moe":
+            ffn = trainer.model.blocks[0].ffn
+            for name, dense in ffn.dense.named_parameters():
+                stack = ffn.experts.layer.get_parameter(name)
+                memory = [
+                    {key: value.clone() for key, value in trainer.parts.optimizer.state[each].items()}
+                    for each in (dense, stack)
+                ]
+                seen[name] = (dense.detach().clone(), stack.detach().clone(), *memory)
+
+    monkeypatch.setattr(Journal, "switched", look)
     output = io.StringIO()
-    Looking(config, tmp_path / "run", console=Console(file=output, width=300)).fit()
+    config = changed(tiny, "training", optimizer=optimizer)
+    trainer: Any = Trainer(config, tmp_path / "run", console=Console(file=output, width=300))
+    trainer.fit()
     assert seen
     for dense, stack, before, after in seen.values():
         assert all(torch.equal(expert, dense) for expert in stack)
