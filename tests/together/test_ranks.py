@@ -43,7 +43,7 @@ every = pytest.mark.parametrize(
     [
         *(pytest.param(DDP, id="ddp", marks=thorough), pytest.param(FSDP, id="fsdp")),
         *(
-            pytest.param(DDP + EXPERTS, id="ddp+experts"),
+            pytest.param(DDP + EXPERTS, id="ddp+experts", marks=thorough),
             pytest.param(FSDP + EXPERTS, id="fsdp+experts", marks=thorough),
         ),
     ],
@@ -213,11 +213,13 @@ def test_a_rank_that_dies_ends_the_run_with_its_name(profile: Path, tmp_path: Pa
 def test_all_ranks_stop_at_the_same_step_and_save(profile: Path, tmp_path: Path, parallel: list[str]) -> None:
     process = start(profile, tmp_path / "run", *parallel)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=300)
+    said = process.communicate(timeout=300)[0]
     run = load_run(tmp_path / "run")
-    assert 20 < run.state.step < 12_000
+    assert f"stopped at step {run.state.step}; saved in" in said
+    assert 20 <= run.state.step < 12_000
 
 
+@thorough
 def test_a_start_that_does_not_go_with_the_profile_is_refused(profile: Path, tmp_path: Path) -> None:
     for words, message in (
         (
