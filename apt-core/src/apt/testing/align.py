@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from apt.core.providers import AlignProvider
 from apt.testing.kit import Subject, check, demand
-from apt.testing.measure import demand_close, demand_gradients
+from apt.testing.measure import demand_close, demand_finite, demand_gradients
 
 D_MODEL = 24
 METRICS = ("cosine", "l2", "kl")
@@ -79,11 +79,9 @@ def finite(subject: Subject) -> None:
         demand(aligned.isfinite().all(), f"what becomes of states times {scale:g} is not finite")
         for name, loss in losses.items():
             demand(loss.isfinite(), f"{name} of states times {scale:g} is {loss.item()}")
-            if not loss.requires_grad:
-                continue
-            gradients = torch.autograd.grad(loss, (a, b, *aligner.parameters()), allow_unused=True, retain_graph=True)
-            good = all(each is None or bool(each.isfinite().all()) for each in gradients)
-            demand(good, f"the gradient of {name} of states times {scale:g} is not finite")
+            if loss.requires_grad:
+                what = f"the gradient of {name} of states times {scale:g}"
+                demand_finite(loss, (a, b, *aligner.parameters()), what)
 
 
 @check("align")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,12 @@ def demand_gradients(module: nn.Module) -> None:
             demand(
                 size > ROUNDING, f"the gradient of {full} is nothing but rounding ({size:.0e}): it is detached, or dead"
             )
+
+
+def demand_finite(loss: Tensor, inputs: Sequence[Tensor], what: str) -> None:
+    """Whether the gradient of a loss to each of these, where it has one, is finite."""
+    gradients = torch.autograd.grad(loss, inputs, allow_unused=True, retain_graph=True)
+    demand(all(each is None or bool(each.isfinite().all()) for each in gradients), f"{what} is not finite")
 
 
 def demand_close(seen: Tensor, right: Tensor, message: str, tolerance: float = 1e-4) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from apt.core.providers import RouterProvider
 from apt.modeling.parts import find_parts
 from apt.testing.kit import NotApplicable, Subject, check, demand
-from apt.testing.measure import demand_close, demand_gradients
+from apt.testing.measure import demand_close, demand_finite, demand_gradients
 
 D_MODEL, EXPERTS = 16, 6
 
@@ -133,9 +133,7 @@ def finite(subject: Subject) -> None:
                 demand(loss.isfinite(), f"the loss {name} of inputs times {scale:g} is {loss.item()}")
             total = weights.sum() + sum(losses.values())
             if total.requires_grad:
-                gradients = torch.autograd.grad(total, (inputs, *router.parameters()), allow_unused=True)
-                good = all(each is None or bool(each.isfinite().all()) for each in gradients)
-                demand(good, f"a gradient of inputs times {scale:g} is not finite")
+                demand_finite(total, (inputs, *router.parameters()), f"a gradient of inputs times {scale:g}")
 
 
 @check("router")
