@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from apt.core.providers import HeadsProvider
+from apt.core.providers import HeadsProvider, SizedHeadsProvider
 from apt_attention_tva.costs import BLOCK, composing_pays, visited_scores
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from apt_attention_tva.tva import TriVeinAttention
 
 
-class TVA(HeadsProvider):
+class TVA(SizedHeadsProvider):
     """Tri-Vein Attention: heads of rank r behind one learned projector, with a cache of rank width.
 
     Without the compensator (`s: 0`) it can express exactly what attention with heads of width r can.
@@ -42,13 +42,6 @@ class TVA(HeadsProvider):
         default="first",
         description="queries and keys are projected before norm and positions, or, as a converted model needs it, after",
     )
-    head_width: int | None = Field(
-        default=None, ge=1, description="width of a head before projection; none: d_model / num_heads"
-    )
-    qk_norm: bool = Field(default=False, description="an RMSNorm of each query and key, at the width that it has there")
-    bias: Literal["none", "qkv", "all"] = Field(
-        default="none", description="where biases are: on queries, keys and values, or on the output too"
-    )
     s: int = Field(default=0, ge=0, description="normals of the compensator; 0: no compensator")
     tau: float = Field(default=0.18, ge=0, le=1, description="lost share of energy above which a state is compensated")
     subspace_loss: float = Field(
@@ -57,17 +50,9 @@ class TVA(HeadsProvider):
         description="weight of the loss that keeps the compensator's projector at the principal subspace",
     )
 
-    def get_head_width(self, d_model: int, num_heads: int) -> int:
-        """The option, or d_model / num_heads. Raises `apt.errors.OptionsError` where it does not fit."""
-        if self.head_width is None:
-            width, option = super().get_head_width(d_model, num_heads), "num_heads"
-        else:
-            self.check_groups(num_heads)
-            width, option = self.head_width, "head_width"
-        if width % 2 and self.positions == "rope" and self.project == "last":
-            odd = f"rotary positions turn pairs, and heads of width {width} are odd"
-            raise self.refuse(option, odd, "an even width, or other positions")
-        return width
+    def turns_whole_heads(self) -> bool:
+        """Where queries and keys are projected after they are turned; else the rank must be even."""
+        return super().turns_whole_heads() and self.project == "last"
 
     def get_rank(self, d_model: int, num_heads: int) -> int:
         """The width of queries, keys and values. Raises `apt.errors.OptionsError` where it does not fit the heads."""
@@ -106,7 +91,7 @@ class TVA(HeadsProvider):
 
     def depends_on_distances_alone(self) -> bool:
         """Not where queries and keys are projected after they are turned: projector and turns do not commute."""
-        return self.project == "first" or self.positions != "rope"
+        return not self.turns_whole_heads()
 
     def get_subspace_rank(self, d_model: int) -> int:
         """The rank of the compensator's projector: d_model // r, at least 1."""
@@ -189,14 +174,6 @@ class Autopoietic(HeadsProvider):
     )
     init_tau: float = Field(default=1.3, gt=0.5, lt=2, description="the temperature that training starts with")
     qk_norm: bool = Field(default=False, description="an RMSNorm of each query and key, over its head's width")
-
-    def get_head_width(self, d_model: int, num_heads: int) -> int:
-        """d = d_model / num_heads, even where positions turn. Raises `apt.errors.OptionsError` where it is not."""
-        width = super().get_head_width(d_model, num_heads)
-        if width % 2 and self.positions == "rope":
-            what = f"rotary positions turn pairs, and heads of width {width} are odd"
-            raise self.refuse("num_heads", what, "another number of heads, or positions: none")
-        return width
 
     def get_hidden_width(self, d_model: int) -> int:
         """Hidden units of the learned map: max(16, d_model // sr_ratio), none where epsilon is 0."""

@@ -5,41 +5,21 @@ They have the same weights under the same names, so a model that was trained wit
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from apt.core.providers import HeadsProvider
+from apt.core.providers import SizedHeadsProvider
 
 if TYPE_CHECKING:
     from apt.builtin.sdpa import SDPAttention
     from apt.layers.heads import Shape
 
 
-class _DotProduct(HeadsProvider):
+class _DotProduct(SizedHeadsProvider):
     """The options and sizes that the three share."""
 
     api_level: ClassVar[int] = 1
-
-    head_width: int | None = Field(
-        default=None, ge=1, description="width of a head; none: d_model / num_heads, which must then divide"
-    )
-    qk_norm: bool = Field(default=False, description="an RMSNorm of each query and key, over its head's width")
-    bias: Literal["none", "qkv", "all"] = Field(
-        default="none", description="where biases are: on queries, keys and values (as in Qwen2), or on the output too"
-    )
-
-    def get_head_width(self, d_model: int, num_heads: int) -> int:
-        """The option, or d_model / num_heads; even where positions turn. Raises `apt.errors.OptionsError`."""
-        if self.head_width is None:
-            width, option = super().get_head_width(d_model, num_heads), "num_heads"
-        else:
-            self.check_groups(num_heads)
-            width, option = self.head_width, "head_width"
-        if width % 2 and self.positions == "rope":
-            odd = f"rotary positions turn pairs, and heads of width {width} are odd"
-            raise self.refuse(option, odd, "an even width, or other positions")
-        return width
 
     def get_shape(self, d_model: int, num_heads: int) -> Shape:
         """The sizes of a layer. Raises `apt.errors.OptionsError` where they do not fit."""

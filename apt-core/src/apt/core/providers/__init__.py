@@ -5,7 +5,7 @@ from apt.core.providers.align import AlignProvider
 from apt.core.providers.attention import AttentionProvider
 from apt.core.providers.data import DataProvider, Document, Pair
 from apt.core.providers.ffn import FFNProvider
-from apt.core.providers.heads import HeadsProvider, RopeScaling
+from apt.core.providers.heads import HeadsProvider, RopeScaling, SizedHeadsProvider
 from apt.core.providers.logger import Logger, LoggerProvider
 from apt.core.providers.plugin import Plugin
 from apt.core.providers.retrieval import RetrievalProvider
@@ -44,6 +44,7 @@ __all__ = [
     "RetrievalProvider",
     "RopeScaling",
     "RouterProvider",
+    "SizedHeadsProvider",
     "Slot",
     "Tokenizer",
     "TokenizerProvider",

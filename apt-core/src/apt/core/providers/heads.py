@@ -108,11 +108,22 @@ class HeadsProvider(AttentionProvider):
         return num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     def get_head_width(self, d_model: int, num_heads: int) -> int:
-        """d = d_model / num_heads. Raises `apt.errors.OptionsError` where the numbers of heads do not divide."""
+        """d = d_model / num_heads. Raises `apt.errors.OptionsError` where the numbers do not divide, or positions cannot turn."""
         self.check_groups(num_heads)
         if d_model % num_heads:
             raise self.refuse("num_heads", f"{num_heads} heads do not divide d_model {d_model}")
-        return d_model // num_heads
+        return self.check_turns(d_model // num_heads, "num_heads")
+
+    def turns_whole_heads(self) -> bool:
+        """Whether rotary positions turn queries and keys of the whole width, which must then be even."""
+        return self.positions == "rope"
+
+    def check_turns(self, width: int, option: str) -> int:
+        """The width, which `option` decides. Raises `apt.errors.OptionsError` where it is odd and turned."""
+        if width % 2 and self.turns_whole_heads():
+            odd = f"rotary positions turn pairs, and heads of width {width} are odd"
+            raise self.refuse(option, odd, "an even width, or other positions")
+        return width
 
     def refuse(self, option: str, what: str, hint: str = "") -> OptionsError:
         """The error for sizes that do not fit: of the model, or of the provider's options."""
@@ -123,3 +134,22 @@ class HeadsProvider(AttentionProvider):
         """Raises `apt.errors.OptionsError` where heads of keys do not divide the heads."""
         if num_heads % self.get_kv_heads(num_heads):
             raise self.refuse("num_kv_heads", f"{self.num_kv_heads} does not divide the model's {num_heads} heads")
+
+
+class SizedHeadsProvider(HeadsProvider):
+    """Heads whose width, norms and biases are options, as published models have them in several ways."""
+
+    head_width: int | None = Field(
+        default=None, ge=1, description="width of a head; none: d_model / num_heads, which must then divide"
+    )
+    qk_norm: bool = Field(default=False, description="an RMSNorm of each query and key, over its width")
+    bias: Literal["none", "qkv", "all"] = Field(
+        default="none", description="where biases are: on queries, keys and values (as in Qwen2), or on the output too"
+    )
+
+    def get_head_width(self, d_model: int, num_heads: int) -> int:
+        """The option, or d_model / num_heads. Raises `apt.errors.OptionsError` where it does not fit."""
+        if self.head_width is None:
+            return super().get_head_width(d_model, num_heads)
+        self.check_groups(num_heads)
+        return self.check_turns(self.head_width, "head_width")
