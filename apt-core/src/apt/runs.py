@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +18,7 @@ from apt.data.corpus import require
 from apt.data.prepare import Prepared, prepare
 from apt.errors import CheckpointError, UserError
 from apt.training.card import write_card
-from apt.training.checkpoint import IMPORTED, MANIFEST, PROFILE, LoadedRun, load_run
+from apt.training.checkpoint import IMPORTED, PROFILE, LoadedRun, load_run
 from apt.training.evaluate import Score, score
 from apt.training.record import Metrics, write_record
 from apt.training.snapshot import take_snapshot, write_snapshot
@@ -36,7 +34,9 @@ def open_text(run: LoadedRun, console: Console) -> Prepared:
     """
     text = prepare(run.config, run.resolved, console, run.folder)
     if run.corpus_digest not in (IMPORTED, text.digest):
-        raise CheckpointError(f"{run.folder}: data.source gives another text now than it was trained on")
+        raise CheckpointError(
+            f"{run.folder}: data.source gives another text now than it was trained on, so nothing of it is known to be held out"
+        )
     return text
 
 
@@ -87,9 +87,7 @@ def derive_run(
     It stands at the step of its parent, which is recorded with the `changes` in words. The optimizer remembers nothing: go on
     with ``apt-core branch``. `results` go to the model card.
     """
-    manifest = hashlib.sha256((run.folder / MANIFEST).read_bytes()).hexdigest()
-    told = Parent(str(run.folder.parent), run.folder.name, run.state.step, manifest, tuple(changes))
-    parent = {**asdict(told), "changes": list(changes)}
+    parent = Parent.of(run.folder, run.state.step, changes).to_dict()
     to_new_folder(out).mkdir(parents=True, exist_ok=True)
     (out / PROFILE).write_text(dump_resolved(config, resolved), encoding="utf-8")
     parameters = sum(each.numel() for each in run.model.parameters())

@@ -18,7 +18,6 @@ from apt.errors import UserError
 if TYPE_CHECKING:
     from apt.core.hooks import HookRunner
     from apt.core.profile import Profile
-    from apt.data.tokens import TokenSplit
     from apt.training.checkpoint import LoadedRun
     from apt.training.evaluate import Score
 
@@ -365,21 +364,20 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     run = load_weights(arguments)
     from rich.console import Console
 
-    from apt.data.corpus import require
-    from apt.data.prepare import prepare
-    from apt.errors import CheckpointError
+    from apt.runs import open_text, score_run
+    from apt.training.calibration import calibration_of
     from apt.training.checkpoint import IMPORTED
 
-    corpus = prepare(run.config, run.resolved, Console(stderr=True), run.folder)
+    console = Console(stderr=True)
+    text = open_text(run, console)
     if run.corpus_digest == IMPORTED:
         print("the model was trained elsewhere: it is not known whether it has seen this text", file=sys.stderr)
-    elif corpus.digest != run.corpus_digest:
-        raise CheckpointError(
-            f"{run.folder}: data.source gives another text now than it was trained on, so nothing of it is known to be held out"
-        )
-    split = corpus.splits[arguments.split]
-    require(split, arguments.split, run.config.max_seq_len)
-    scored = _score(run, split, f"the {arguments.split} split")
+
+    def scored_by(what: str) -> Score:
+        with calibration_of(run.folder).applied():
+            return score_run(run, text, console, split=arguments.split, what=f"scoring {what}")
+
+    scored = scored_by(f"the {arguments.split} split")
     print(
         f"{arguments.split}: {scored.loss:.4f} nats a token, {scored.bits_per_byte:.4f} bits per byte "
         f"({scored.num_tokens:,} tokens, step {run.state.step})"
@@ -387,29 +385,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.quantize is not None or arguments.dtype != "fp32":
         changed = arguments.quantize or arguments.dtype
         prepare_run(run, arguments)
-        again = _score(run, split, f"it again in {changed}")
+        again = scored_by(f"it again in {changed}")
         print(f"in {changed}: {again.loss:.4f} nats a token, {again.loss - scored.loss:+.4f}")
     return 0
-
-
-def _score(run: LoadedRun, split: TokenSplit, what: str) -> Score:
-    from rich.console import Console
-    from rich.progress import track
-
-    from apt.data.batches import num_windows, windows
-    from apt.training.calibration import calibration_of
-    from apt.training.evaluate import score
-
-    seq_len, batch_size = run.config.max_seq_len, run.config.training.batch_size
-    batches = track(
-        windows(split, seq_len, batch_size),
-        f"scoring {what}",
-        total=-(-num_windows(split, seq_len) // batch_size),
-        console=Console(stderr=True),
-        transient=True,
-    )
-    with calibration_of(run.folder).applied():
-        return score(run.model, batches, bytes_per_token=split.bytes_per_token)[0]
 
 
 def _plot(arguments: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ from apt.modeling.compose import ModelBuilder
 from apt.pretrained.gguf import open_gguf
 from apt.pretrained.llama import from_theirs
 from apt.pretrained.sources import Source, open_folder
+from apt.runs import to_new_folder
 from apt.training.card import write_card
 from apt.training.checkpoint import IMPORTED
 from apt.training.record import write_record
@@ -39,8 +40,7 @@ def import_model(
     `sets` change the profile (``training.batch_size=4``). Raises `UserError` and its kin where the source is no Llama-family
     model, something of it would be lost, or `out` is not empty.
     """
-    if out.is_dir() and any(out.iterdir()):
-        raise UserError(f"{out}: is not empty; give another --out")
+    to_new_folder(out)
     if not path.exists():
         raise UserError(f"{path}: there is no such file or folder")
     with ExitStack() as stack:

@@ -6,8 +6,7 @@ schedules, experts where the trunk was dense, the learning rate, the text.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,7 +19,16 @@ from apt.errors import CheckpointError, UserError
 from apt.hookspecs import RunState
 from apt.modeling.parts import find_parts
 from apt.training.changes import BRANCH, RESUME, check_changes
-from apt.training.checkpoint import MANIFEST, PROFILE, WEIGHTS, find_checkpoint, list_checkpoints, read_saved, verify
+from apt.training.checkpoint import (
+    MANIFEST,
+    PROFILE,
+    WEIGHTS,
+    digest_of,
+    find_checkpoint,
+    list_checkpoints,
+    read_saved,
+    verify,
+)
 from apt.training.tensors import model_tensors, saved_shapes
 
 
@@ -33,6 +41,16 @@ class Parent:
     step: int
     manifest_sha256: str
     changes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, checkpoint: Path, step: int, changes: Iterable[str]) -> Parent:
+        """That of a run which begins at this checkpoint, which was saved at `step`, with these changes in words."""
+        manifest = digest_of(checkpoint / MANIFEST)
+        return cls(str(checkpoint.parent), checkpoint.name, step, manifest, tuple(changes))
+
+    def to_dict(self) -> dict[str, object]:
+        """As JSON values."""
+        return {**asdict(self), "changes": list(self.changes)}
 
 
 @dataclass(frozen=True)
@@ -78,10 +96,7 @@ class Start:
         if not self.is_branch:
             parent: dict[str, object] | None = saved["progress"].get("parent")
             return parent
-        manifest = hashlib.sha256((self.checkpoint / MANIFEST).read_bytes()).hexdigest()
-        run, name = str(self.checkpoint.parent), self.checkpoint.name
-        told = asdict(Parent(run, name, int(saved["step"]), manifest, self.changes))
-        return {**told, "changes": list(self.changes)}
+        return Parent.of(self.checkpoint, int(saved["step"]), self.changes).to_dict()
 
 
 def find_step(run: Path, step: int | None) -> Path:
