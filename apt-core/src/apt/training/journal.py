@@ -57,21 +57,20 @@ class Journal:
         if self._spikes is not None:
             total = self.ranks.sum({"": done.losses["loss"]})[""].item()
             if self._spikes.is_spike(total):
-                self.metrics.write("spike", step=step, epoch=done.state.epoch, loss=total)
+                self._note("spike", done.state, loss=total)
                 self.line(f"step {step}: the loss spikes to {total:.3f}")
         if step % self.every == 0 or step in (1, done.state.max_steps):
             self._tell(done)
 
     def not_finite(self, state: RunState, action: str, what: str) -> None:
         """A step's numbers were not finite."""
-        self.metrics.write("nonfinite", step=state.step, epoch=state.epoch, action=action, what=what)
+        self._note("nonfinite", state, action=action, what=what)
 
     def switched(self, certificate: Certificate, state: RunState) -> None:
         """What a switch changed."""
-        self.metrics.write(
+        self._note(
             "switch",
-            step=state.step,
-            epoch=state.epoch,
+            state,
             plugin=certificate.plugin,
             loss_before=certificate.loss_before,
             loss_after=certificate.loss_after,
@@ -85,10 +84,9 @@ class Journal:
 
     def evaluated(self, state: RunState, scored: Score, seen: Mapping[str, Tensor], extra: Mapping[str, float]) -> None:
         """The held-out loss, with the model's metrics and the plugins'."""
-        self.metrics.write(
+        self._note(
             "evaluation",
-            step=state.step,
-            epoch=state.epoch,
+            state,
             split="validation",
             loss=scored.loss,
             bits_per_byte=scored.bits_per_byte,
@@ -100,7 +98,6 @@ class Journal:
         self.line(
             f"step {state.step}: held-out loss {scored.loss:.4f} nats a token, {scored.bits_per_byte:.4f} bits a byte"
         )
-
         self._warn_of_unsound(seen)
 
     def _warn_of_unsound(self, seen: Mapping[str, Tensor]) -> None:
@@ -115,17 +112,20 @@ class Journal:
 
     def sampled(self, state: RunState, text: str) -> None:
         """What the model wrote."""
-        self.metrics.write("sample", step=state.step, epoch=state.epoch, text=text)
+        self._note("sample", state, text=text)
+
+    def _note(self, event: str, state: RunState, /, **facts: object) -> None:
+        """An event, and where the run stood."""
+        self.metrics.write(event, step=state.step, epoch=state.epoch, **facts)
 
     def _tell(self, done: Done) -> None:
         sums, speed = self._watch.read()
         seen = {name: value.item() for name, value in self.ranks.sum(sums).items()}
         state = done.state
         used = self.utilisation.of(speed, state)
-        self.metrics.write(
+        self._note(
             "train",
-            step=state.step,
-            epoch=state.epoch,
+            state,
             split="train",
             **seen,
             learning_rate=done.rate,
