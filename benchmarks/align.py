@@ -15,15 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
 import time
 from pathlib import Path
 
 import torch
+from common import config_of
 from rich.console import Console
 
 from apt.core.config import APTConfig
-from apt.core.profile import load_profile
 from apt.core.resolve import resolve_config
 from apt.data.corpus import split_of
 from apt.data.prepare import prepare
@@ -82,10 +81,7 @@ def config(arm: str, seed: int, text: Path) -> APTConfig:
     filled = PROFILE.format(
         align=align, batch=batch, seed=seed, steps=STEPS, every=STEPS // EVALUATIONS, context=CONTEXT, text=text
     )
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        file.write(filled)
-        file.flush()
-        return load_profile(Path(file.name)).config
+    return config_of(filled)
 
 
 def run(text: Path, out: Path, seeds: list[int], arms: list[str], size: int) -> None:

@@ -17,7 +17,6 @@ import argparse
 import json
 import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import config_of
 from rich.console import Console
 from torch import Tensor, nn
 
 from apt.core.config import APTConfig
-from apt.core.profile import load_profile
 from apt.modeling.compose import ModelBuilder
 from apt.modeling.model import Decoder
 from apt.testing.measure import saved_bytes
@@ -93,10 +92,7 @@ def config(size: Size, arm: str, seed: int, steps: int) -> APTConfig:
         every=size.steps // MARKS,
         often=size.steps // 4,
     )
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        file.write(text)
-        file.flush()
-        return load_profile(Path(file.name)).config
+    return config_of(text)
 
 
 def run(size: Size, out: Path, seeds: list[int], arms: list[str], longer: bool) -> None:

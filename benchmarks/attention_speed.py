@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Mapping
 
 import torch
+from common import by_turns
 from torch import Tensor
 
 from apt.core.config import APTConfig
@@ -49,15 +49,7 @@ MODELS: dict[str, tuple[str, dict[str, object]]] = {
 
 def compare(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """The median seconds of each, all in turn."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    seen: dict[str, list[float]] = {name: [] for name in runs}
-    for round_ in range(rounds + 2):
-        for name, run in runs.items():
-            start = clock()
-            run()
-            if round_ >= 2:
-                seen[name].append(clock() - start)
-    return {name: statistics.median(times) for name, times in seen.items()}
+    return {name: statistics.median(times) for name, times in by_turns(runs, rounds).items()}
 
 
 def show(title: str, times: Mapping[str, float], unit: str = "ms") -> None:

@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from common import Idle
 from torch.nn.functional import cross_entropy
 
 from apt.core.discovery import discover
 from apt.core.hooks import HookRunner
 from apt.core.profile import load_profile
-from apt.core.providers import Plugin
 from apt.core.registry import Registry
-from apt.hookspecs import Batch, RunState, hookimpl
+from apt.hookspecs import Batch, RunState
 from apt.modeling.compose import ModelBuilder
 
 ROOT = Path(__file__).parents[1]
@@ -127,30 +127,6 @@ def measure_hooks() -> Iterator[Line]:
         "the calls of ten idle plugins' hooks, share of a training step", 100 * (idle_10 - idle_0) / plain, 1, "%"
     )
     print(f"(a step: {1e3 * plain:.1f} ms without, {1e3 * with_hooks:.1f} ms with ten idle plugins)")
-
-
-class Idle(Plugin):
-    """Implements every hook of a step and does nothing."""
-
-    @hookimpl
-    def apt_step_start(self, state: RunState) -> None:
-        """Nothing."""
-
-    @hookimpl
-    def apt_batch_prepare(self, state: RunState, batch: Batch) -> None:
-        """Nothing."""
-
-    @hookimpl
-    def apt_loss_extra(self, state: RunState, batch: Batch) -> None:
-        """Nothing."""
-
-    @hookimpl
-    def apt_gradients_ready(self, state: RunState) -> None:
-        """Nothing."""
-
-    @hookimpl
-    def apt_step_end(self, state: RunState, metrics: dict[str, float]) -> None:
-        """Nothing."""
 
 
 def install(folder: Path, every: int) -> None:

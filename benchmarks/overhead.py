@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import ClassVar, ParamSpec, TypeVar
 
 import torch
+from common import Idle
 from rich.console import Console
 from torch import Tensor, nn
 
 from apt.core.profile import load_profile
-from apt.core.providers import FFNProvider, Plugin
+from apt.core.providers import FFNProvider
 from apt.core.registry import registry
-from apt.hookspecs import Batch, RunState, hookimpl
+from apt.hookspecs import Batch
 from apt.training import step as step_module
 from apt.training.trainer import Trainer
 
@@ -57,30 +58,6 @@ data: {{source: files, path: "{text}", cache: "{cache}"}}
 evaluation: {{max_batches: 1, sample_tokens: 0}}
 monitoring: {{plot: false}}
 """
-
-
-class Idle(Plugin):
-    """Implements every hook of a step and does nothing."""
-
-    @hookimpl
-    def apt_step_start(self, state: RunState) -> None:
-        """Nothing."""
-
-    @hookimpl
-    def apt_batch_prepare(self, state: RunState, batch: Batch) -> None:
-        """Nothing."""
-
-    @hookimpl
-    def apt_loss_extra(self, state: RunState, batch: Batch) -> None:
-        """Nothing."""
-
-    @hookimpl
-    def apt_gradients_ready(self, state: RunState) -> None:
-        """Nothing."""
-
-    @hookimpl
-    def apt_step_end(self, state: RunState, metrics: dict[str, float]) -> None:
-        """Nothing."""
 
 
 class Layer(nn.Module):

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Mapping
 
 import torch
+from common import by_turns
 from torch import Tensor
 from torch.nn import functional
 
@@ -44,23 +44,9 @@ GRID = [
 """Batch, tokens, heads, width of a head."""
 
 
-def clock() -> float:
-    """Seconds: of the processor where one thread works, so that other programs count little, else of the clock."""
-    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
-
-
 def measure(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Milliseconds of each, in turn."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()
-        run()
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = clock()
-            run()
-            times[name].append(1e3 * (clock() - start))
-    return times
+    return {name: [1e3 * each for each in times] for name, times in by_turns(runs, rounds).items()}
 
 
 def fast(times: list[float]) -> float:

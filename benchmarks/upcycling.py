@@ -17,15 +17,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
 import time
 from pathlib import Path
 
 import torch
+from common import config_of
 from rich.console import Console
 
 from apt.core.config import APTConfig
-from apt.core.profile import load_profile
 from apt.modeling.compose import ModelBuilder
 from apt.modeling.parts import set_active
 from apt.training.optim import make_optimizer
@@ -70,10 +69,7 @@ def config(arm: str, seed: int, steps: int) -> APTConfig:
         every=steps // EVALUATIONS,
         schedules=schedules,
     )
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        file.write(text)
-        file.flush()
-        return load_profile(Path(file.name)).config
+    return config_of(text)
 
 
 def step_cost(repeats: int = 15) -> dict[str, float]:
