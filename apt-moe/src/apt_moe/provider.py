@@ -102,10 +102,10 @@ class MoE(FFNProvider):
         if isinstance(self.layers, tuple) and self.layers[-1] >= num_layers:
             fault = Fault("ffn.moe.layers", f"there is no block {self.layers[-1]}: the model has {num_layers}, from 0")
             raise OptionsError("ffn", self.get_name(), [fault])
-        if isinstance(self.layers, Every) and self.layers.every > num_layers:
-            what = f"no block would have experts: the model has {num_layers}, and every {self.layers.every}th was asked for"
-            raise OptionsError("ffn", self.get_name(), [Fault("ffn.moe.layers.every", what)])
         if isinstance(self.layers, Every):
+            if self.layers.every > num_layers:
+                what = f"no block would have experts: the model has {num_layers}, and every {self.layers.every}th was asked for"
+                raise OptionsError("ffn", self.get_name(), [Fault("ffn.moe.layers.every", what)])
             return self if (index + 1) % self.layers.every == 0 else self.expert
         return self if self.layers == "all" or index in self.layers else self.expert
 

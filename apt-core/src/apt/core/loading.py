@@ -16,6 +16,7 @@ from importlib import import_module
 from pydantic import TypeAdapter, ValidationError
 
 from apt.core.discovery import REGISTERED, ProviderRecord
+from apt.core.options import lowered
 from apt.core.provider import API_LEVEL, Provider
 from apt.core.providers import INTERFACES
 from apt.errors import ProviderBrokenError, RequirementError
@@ -95,8 +96,8 @@ def _check_declared(record: ProviderRecord, found: type[Provider]) -> None:
         try:
             adapter.validate_python(getattr(found, name), strict=name == "api_level")
         except ValidationError as error:
-            what = error.errors(include_url=False)[0]["msg"]
-            raise _broken(record, f"its {name} is {getattr(found, name)!r}: {what[:1].lower()}{what[1:]}") from error
+            what = lowered(error.errors(include_url=False)[0]["msg"])
+            raise _broken(record, f"its {name} is {getattr(found, name)!r}: {what}") from error
     with _asking(record, "get_priority"):
         priority = found.get_priority()
     if not isinstance(priority, int):

@@ -91,9 +91,13 @@ def refused(model: type[BaseModel], name: str, value: object) -> str:
     try:
         _adapter(model, name).validate_python(value)
     except ValidationError as error:
-        message = error.errors(include_url=False)[0]["msg"]
-        return message[:1].lower() + message[1:]
+        return lowered(error.errors(include_url=False)[0]["msg"])
     return ""
+
+
+def lowered(message: str) -> str:
+    """What pydantic says, to stand within a sentence."""
+    return message[:1].lower() + message[1:]
 
 
 def _mistyped(where: str, wanted: set[object], value: object) -> list[Fault]:
@@ -163,10 +167,8 @@ def canonical(options: Mapping[str, object]) -> str:
     """One string for equal options, whatever the order of their keys."""
     try:
         return json.dumps(options, sort_keys=True, default=_plain, separators=(",", ":"))
-    except (
-        TypeError,
-        ValueError,
-    ):  # keys of several types, or options within themselves: validation says what is wrong
+    except (TypeError, ValueError):
+        # Keys of several types, or options within themselves: validation says what is wrong.
         return repr(options)
 
 
@@ -191,7 +193,7 @@ def _fault(path: Loc, details: Sequence[ErrorDetails], model: type[BaseModel]) -
         return Fault(where, "must be given")
     if kind in ("value_error", "assertion_error"):
         return Fault(where, message.partition(", ")[2] or message)
-    hints = list(dict.fromkeys(each["msg"][:1].lower() + each["msg"][1:] for each in (first, *others)))
+    hints = list(dict.fromkeys(lowered(each["msg"]) for each in (first, *others)))
     hint = ", or ".join((*hints[:1], *(each.removeprefix("input should be ") for each in hints[1:])))
     if kind == "literal_error" and isinstance(first["input"], str):
         near = nearest(first["input"], re.findall("'([^']*)'", str(first["ctx"]["expected"])))
