@@ -4,11 +4,13 @@
 (on a quiet machine), ``run --longer --out DIR`` trains those of equal time, and ``draw --out DIR FILE`` prints the tables and
 draws the figure of docs/attention.md. Everything goes on where it was stopped; results are lines of DIR/results.jsonl.
 
-All runs read Python's standard library as bytes in the same order, with the same learning rate: warm-up, constant, and a linear
-decay over the last fifth. *Equal tokens*: the same number of steps. *Equal time*: a run has as many steps as fit in the time
-of multi-head attention's, by the cost of a step, and a decay of its own; since the rate is constant before it, such a run goes
-on from the last checkpoint of the run of equal tokens that both have in common (`apt-core branch`). A step's cost is CPU
-time of one thread, the median over rounds in which all attentions take one step each in turn.
+All runs read Python's standard library as bytes in the same order. The learning rate is warmed up, constant, and falls
+linearly over the last fifth. The first seed is trained at both `RATES`; the one that is better for an attention serves its other
+seeds, since attentions differ in the rate that they bear: a product of two weights, such as Tri-Vein has, takes larger steps.
+*Equal tokens*: the same number of steps. *Equal time*: a run has as many steps as fit in the time of multi-head attention's, by the cost
+of a step, and a decay of its own; since the rate is constant before it, such a run goes on from the last checkpoint of
+the run of equal tokens that both have in common (`apt-core branch`). A step's cost is CPU time of one thread, the median over
+rounds in which all attentions take one step each in turn.
 """
 
 from __future__ import annotations
@@ -38,6 +40,9 @@ from apt.training.trainer import Trainer
 
 MARKS = 10
 """Checkpoints in each run of equal tokens."""
+RATES = (1.5e-3, 3e-3)
+FIRST = 0
+"""The seed that chooses between the rates."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ model:
   {{d_model: {d_model}, num_heads: 4, num_layers: {num_layers}, d_ff: {d_ff}, max_seq_len: {seq}, dropout: 0.0,
     attention_dropout: 0.0, attention: {{{attention}}}}}
 training:
-  {{max_steps: {steps}, steps_per_epoch: 1000000, max_epochs: 1, batch_size: {batch}, learning_rate: 3.0e-3, warmup_steps: 50,
+  {{max_steps: {steps}, steps_per_epoch: 1000000, max_epochs: 1, batch_size: {batch}, learning_rate: {rate}, warmup_steps: 50,
     weight_decay: 0.1, gradient_clip: 1.0, lr_schedule: wsd, min_lr_ratio: 0.0, seed: {seed}, save_every: {every}, keep_last: 10}}
 data: {{source: stdlib}}
 evaluation: {{eval_every: {often}, max_batches: 30, sample_tokens: 0}}
@@ -82,12 +87,13 @@ ARMS = {
 }
 
 
-def config(size: Size, arm: str, seed: int, steps: int) -> APTConfig:
+def config(size: Size, arm: str, rate: float, seed: int, steps: int) -> APTConfig:
     """The profile of one run."""
     width = size.d_model // 4
     text = PROFILE.format(
         **{**asdict(size), "steps": steps},
         attention=ARMS[arm].format(half=width // 2, quarter=width // 4, eighth=width // 8),
+        rate=rate,
         seed=seed,
         every=size.steps // MARKS,
         often=size.steps // 4,
@@ -99,38 +105,56 @@ def run(size: Size, out: Path, seeds: list[int], arms: list[str], longer: bool) 
     """Train what is not there yet: the runs of equal tokens, or those of equal time."""
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
-    have = {(line["arm"], line["seed"], line["equal"]) for line in read(out)}
-    equal = "time" if longer else "tokens"
     costs = read_costs(out) if longer else {}
     for seed in seeds:
         for arm in arms:
-            if (arm, seed, equal) in have or (longer and (arm, seed, "tokens") not in have):
-                continue
-            steps = round(size.steps * costs[REFERENCE]["step"] / costs[arm]["step"]) if longer else size.steps
-            trunk, own = (out / f"{arm.replace(' ', '-').replace('/', '_')}-{seed}{end}" for end in ("", "-time"))
-            branch = None
-            if longer and arm != REFERENCE:
-                shutil.rmtree(own, ignore_errors=True)
-                # Both are undecayed up to four fifths of the shorter one.
-                every = size.steps // MARKS
-                last = int(0.8 * min(steps, size.steps)) // every * every
-                branch = trunk / f"step-{last:06d}"
-            start = time.process_time()
-            if longer and arm == REFERENCE:
-                curve = curve_of(trunk)
+            if longer:
+                steps = round(size.steps * costs[REFERENCE]["step"] / costs[arm]["step"])
+                train(size, out, arm, better_rate(out, arm), seed, steps)
             else:
-                folder = own if longer else trunk
-                made = config(size, arm, seed, steps)
-                quiet = Console(quiet=True)
-                trainer = Trainer(made, folder, branch=branch, resume="never" if longer else "auto", console=quiet)
-                if trainer.fit().interrupted:
-                    raise SystemExit(f"{arm}, seed {seed}: interrupted; the same command goes on with it")
-                curve = curve_of(folder)
-            line = {"arm": arm, "seed": seed, "equal": equal, "steps": steps, "curve": curve}
-            with (out / "results.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            spent = time.process_time() - start
-            print(f"{arm:24} seed {seed}, {steps} steps: {curve[-1][1]:.4f} nats a byte, {spent:.0f} s", flush=True)
+                for rate in RATES if seed == FIRST else [better_rate(out, arm)]:
+                    train(size, out, arm, rate, seed, None)
+
+
+def train(size: Size, out: Path, arm: str, rate: float, seed: int, longer: int | None) -> None:
+    """One run, unless it is there: of equal tokens, or of `longer` steps, which begins with what both have in common."""
+    equal, steps = ("tokens", size.steps) if longer is None else ("time", longer)
+    have = {(line["arm"], line["rate"], line["seed"], line["equal"]) for line in read(out)}
+    if (arm, rate, seed, equal) in have:
+        return
+    trunk = out / f"{arm.replace(' ', '-').replace('/', '_')}-{rate}-{seed}"
+    start = time.process_time()
+    folder = trunk
+    if longer is None or arm != REFERENCE:
+        branch = None
+        if longer is not None:
+            folder = trunk.with_name(f"{trunk.name}-time")
+            shutil.rmtree(folder, ignore_errors=True)
+            # Both are undecayed up to four fifths of the shorter one.
+            every = size.steps // MARKS
+            branch = trunk / f"step-{int(0.8 * min(steps, size.steps)) // every * every:06d}"
+        made = config(size, arm, rate, seed, steps)
+        resume = "auto" if longer is None else "never"
+        if Trainer(made, folder, branch=branch, resume=resume, console=Console(quiet=True)).fit().interrupted:
+            raise SystemExit(f"{arm}, seed {seed}: interrupted; the same command goes on with it")
+    curve = curve_of(folder)
+    line = {"arm": arm, "rate": rate, "seed": seed, "equal": equal, "steps": steps, "curve": curve}
+    with (out / "results.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    spent = time.process_time() - start
+    print(f"{arm:24} {rate:g}, seed {seed}, {steps} steps: {curve[-1][1]:.4f} nats a byte, {spent:.0f} s", flush=True)
+
+
+def better_rate(out: Path, arm: str) -> float:
+    """The rate at which the first seed's run of equal tokens ended lower."""
+    ends = {
+        line["rate"]: line["curve"][-1][1]
+        for line in read(out)
+        if (line["arm"], line["seed"], line["equal"]) == (arm, FIRST, "tokens")
+    }
+    if set(ends) != set(RATES):
+        raise SystemExit(f"{arm}: seed {FIRST} comes first, at every rate of {RATES}")
+    return min(ends, key=ends.__getitem__)
 
 
 def curve_of(folder: Path) -> list[tuple[int, float]]:
@@ -159,7 +183,7 @@ def cost(size: Size, out: Path, rounds: int) -> None:
     steps: dict[str, Callable[[], None]] = {}
     fixed: dict[str, dict[str, float]] = {}
     for arm in ARMS:
-        made = config(size, arm, 0, size.steps)
+        made = config(size, arm, RATES[0], 0, size.steps)
         torch.manual_seed(0)
         model = ModelBuilder(made).build_model()
         steps[arm] = stepper(model, make_optimizer(model, made), tokens)
@@ -211,18 +235,19 @@ def draw(size: Size, out: Path, picture: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    results, costs = read(out), read_costs(out)
+    costs, rates = read_costs(out), {arm: better_rate(out, arm) for arm in ARMS}
+    results = [line for line in read(out) if line["rate"] == rates[line["arm"]]]
     lines = {(line["arm"], line["seed"], line["equal"]): line for line in results}
     tokens_a_step = size.batch * size.seq
     print(
-        "| attention | parameters | cache, bytes a token | kept for backward, kB a token | tokens/s | loss, equal tokens",
+        "| attention | parameters | cache, bytes a token | kept for backward, kB a token | tokens/s | rate | loss, equal tokens",
         end="",
     )
     print(" | to multi-head | steps in equal time | loss, equal time | to multi-head |\n|" + " --- |" * 10)
     for arm in ARMS:
         each = costs[arm]
         cells = [arm, f"{each['parameters']:,.0f}", f"{each['cache']:,.0f}", f"{each['kept'] / 1000:.1f}"]
-        cells.append(f"{tokens_a_step / each['step']:,.0f}")
+        cells += [f"{tokens_a_step / each['step']:,.0f}", f"{rates[arm]:g}"]
         for equal in ("tokens", "time"):
             if equal == "time":
                 cells.append(f"{size.steps * costs[REFERENCE]['step'] / each['step']:.0f}")

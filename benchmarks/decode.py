@@ -27,7 +27,6 @@ OURS = {
     f"ours {bits}{' compiled' * compiled}": (dtype, quantize, compiled)
     for bits, dtype, quantize in (("fp32", "fp32", None), ("bf16", "bf16", None), ("int8", "fp32", "int8"))
     for compiled in (False, True)
-    if not (quantize and compiled)
 }
 THEIRS = {
     "HF fp32 dynamic": ("float32", None),

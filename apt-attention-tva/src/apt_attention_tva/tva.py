@@ -162,9 +162,11 @@ class TriVeinAttention(VeinHeads):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Orthonormal projectors, U = P^T."""
+        """Orthonormal projectors, U = P^T; W_o such that W_o U starts as the output weights of heads of width r would."""
         self.down.copy_(orthonormal(*self.down.shape))
         self.up.copy_(self.down.transpose(-2, -1))
+        self.out.reset_parameters()
+        self.out.weight.mul_((self.d_head / self.rank) ** 0.5)
 
     def forward(
         self,

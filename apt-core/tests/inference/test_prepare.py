@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from apt.builtin.tokenizer import ByteTokenizer
 from apt.cli import main
 from apt.core.profile import load_profile
 from apt.errors import UserError
+from apt.inference import int8
 from apt.inference.generate import generate
 from apt.inference.int8 import FEW, Int8Linear
 from apt.inference.prepare import prepare
@@ -78,9 +81,11 @@ def test_int8_is_for_float32(model: Decoder) -> None:
         prepare(model, dtype="bf16", quantize="int8")
 
 
+@pytest.mark.parametrize("quantize", [None, "int8"])
 def test_a_compiled_step_writes_the_same_and_is_compiled_once_for_all_blocks(
-    model: Decoder, monkeypatch: pytest.MonkeyPatch
+    model: Decoder, quantize: Literal["int8"] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    prepare(model, quantize=quantize)
     right = generate(model, TOKENIZER, "x", max_new_tokens=12, temperature=0).tokens
     counter, compiled = CompileCounter(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda step, dynamic: compiled(step, backend=counter, dynamic=dynamic))
@@ -90,9 +95,21 @@ def test_a_compiled_step_writes_the_same_and_is_compiled_once_for_all_blocks(
     assert counter.frame_count == 1
 
 
+def test_an_int8_layer_is_compiled_whole_for_few_tokens_and_for_many_and_lets_go_of_its_weights() -> None:
+    layer = Int8Linear(nn.Linear(64, 48))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for tokens in (1, FEW + 1):
+        x = torch.randn(tokens, 64)
+        assert torch.equal(compiled(x), layer(x))
+    number = int(layer._number)
+    assert number in int8._packed
+    del layer, compiled
+    torch.compiler.reset()
+    gc.collect()
+    assert number not in int8._packed
+
+
 def test_what_cannot_be_compiled_is_refused(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"--compile: torch\.compile does not know the products of --quantize int8"):
-        prepare(model, quantize="int8", compiled=True)
     monkeypatch.setattr(Decoder, "supports_kv_cache", property(lambda self: False))
     with pytest.raises(UserError, match="--compile: is for attention with a KV cache"):
         prepare(model, compiled=True)

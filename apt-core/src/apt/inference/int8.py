@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
+import weakref
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,8 +18,40 @@ LOWEST, HIGHEST = -64.0, 63.0
 FINER = 2 * HIGHEST
 """How much finer the second row is: what rounding leaves is at most a half, and fills the range again."""
 SMALLEST = torch.finfo(torch.float32).tiny
-FEW = 16
-"""So many tokens are multiplied in eight bits. With more of them the time is computing, and the weights are taken in float32."""
+FEW = 256
+"""So many tokens are multiplied in eight bits. With more of them, two rows each cost more than taking the weights in float32."""
+
+_packed: dict[int, Any] = {}
+"""Each layer's packed weights by the layer's number. Compiled code cannot hold them; it holds the number."""
+_numbers = itertools.count()
+
+
+# Bare operators: what `torch.library.custom_op` adds to each call is a fifth of the product of a small matrix.
+torch.library.define("apt::multiply_int8", "(Tensor rows, Tensor number, SymInt out_features) -> Tensor")
+torch.library.define("apt::unpack_int8", "(Tensor number, SymInt out_features, SymInt in_features) -> Tensor")
+
+
+@torch.library.impl("apt::multiply_int8", "CPU")
+def _multiply(rows: Tensor, number: Tensor, out_features: int) -> Tensor:
+    y: Tensor = torch.ops.quantized.linear_dynamic(rows, _packed[int(number)], REDUCED)
+    return y
+
+
+@torch.library.impl("apt::multiply_int8", "Meta")
+def _shape_of_product(rows: Tensor, number: Tensor, out_features: int) -> Tensor:
+    return rows.new_empty((*rows.shape[:-1], out_features))
+
+
+@torch.library.impl("apt::unpack_int8", "CPU")
+def _unpack(number: Tensor, out_features: int, in_features: int) -> Tensor:
+    rounded, _ = torch.ops.quantized.linear_unpack(_packed[int(number)])
+    weight: Tensor = rounded.dequantize()[:, :in_features]
+    return weight.contiguous()
+
+
+@torch.library.impl("apt::unpack_int8", "Meta")
+def _shape_of_weight(number: Tensor, out_features: int, in_features: int) -> Tensor:
+    return number.new_empty((out_features, in_features), dtype=torch.float32)
 
 
 class Int8Linear(nn.Module):
@@ -44,7 +79,12 @@ class Int8Linear(nn.Module):
             # PyTorch means to remove tensors of quantised types; for a single token nothing else that it offers comes near.
             warnings.filterwarnings("ignore", message="torch.quantize_per_tensor", category=UserWarning)
             quantized = torch._make_per_channel_quantized_tensor(rounded, scales.double(), zeros, 0)
-            self._packed = torch.ops.quantized.linear_prepack(quantized, None)
+            packed = torch.ops.quantized.linear_prepack(quantized, None)
+        number = next(_numbers)
+        _packed[number] = packed
+        weakref.finalize(self, _packed.pop, number)
+        # A tensor, so that one compiled block serves all blocks.
+        self._number = torch.tensor(number)
         self._ends = torch.tensor([LOWEST, HIGHEST])
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().float(), requires_grad=False)
 
@@ -60,15 +100,14 @@ class Int8Linear(nn.Module):
         fine = exact.sub_(coarse).mul_(FINER)
         ends = self._ends.expand(*x.shape[:-1], 2)
         rows = torch.cat((coarse, ends, fine, ends), -1).view(*x.shape[:-1], 2, self.in_features + 2)
-        coarse, fine = torch.ops.quantized.linear_dynamic(rows, self._packed, REDUCED).unbind(-2)
+        coarse, fine = torch.ops.apt.multiply_int8(rows, self._number, self.out_features).unbind(-2)
         y = torch.add(coarse, fine, alpha=1 / FINER).mul_(step)
         return y if self.bias is None else y + self.bias
 
     @property
     def weight(self) -> Float[Tensor, "out width"]:
         """The weights as they are now, in float32: for layers that use them otherwise than by calling this one."""
-        rounded, _ = torch.ops.quantized.linear_unpack(self._packed)
-        weight: Tensor = rounded.dequantize()[:, : self.in_features]
+        weight: Tensor = torch.ops.apt.unpack_int8(self._number, self.out_features, self.in_features)
         return weight
 
     def extra_repr(self) -> str:

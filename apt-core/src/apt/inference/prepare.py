@@ -30,10 +30,6 @@ def prepare(
     compiles the writing of a token, which then has less to do beside its products. Raises `UserError` for a combination that
     does not exist.
     """
-    if quantize is not None and compiled:
-        raise UserError(
-            f"--compile: torch.compile does not know the products of --quantize {quantize}; leave one of them out"
-        )
     if compiled and not model.supports_kv_cache:
         raise UserError("--compile: is for attention with a KV cache, and the model's has none")
     if quantize is not None and dtype != "fp32":
