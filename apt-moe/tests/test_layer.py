@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from apt.core.providers import FFNProvider, RouterProvider
-from apt_moe.layer import MixtureOfExperts
+from apt_moe import dispatch
+from apt_moe.layer import FEW, MixtureOfExperts
 from apt_moe.provider import MoE, TopK
 from apt_moe.upcycling import upcycle
 
@@ -339,7 +340,39 @@ ROUTERS: list[dict[str, object]] = [
 ]
 
 
-@pytest.mark.parametrize("router", ROUTERS, ids=lambda router: f"{router['provider']}-{router.get('top_k', 1)}")
+every_router = pytest.mark.parametrize(
+    "router", ROUTERS, ids=lambda router: f"{router['provider']}-{router.get('top_k', 1)}"
+)
+
+
+@every_router
+@pytest.mark.parametrize("expert", ["default", "swiglu", "odd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_in_writing_meets_its_experts_unsorted_and_gets_what_sorting_gives(
+    router: dict[str, object], expert: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    options = {"experts": 4, "router": router, "capacity": 1.0, "upcycle": False, "shared": 1}
+    layer = MoE.model_validate({**options, "expert": "swiglu" if expert == "odd" else expert}).create_layer(8, 16)
+    layer.experts.grouped = expert != "odd"  # as for a layer whose parameters are not those of linear maps alone
+    layer.to(dtype).eval()
+    choices = 4 if router["provider"] == "expert_choice" else router.get("top_k", 1)
+    for batch in (0, 1, 2, 3):
+        x = torch.randn(batch, 1, 8, dtype=dtype)
+        given = {"tokens": torch.arange(batch)[:, None]} if layer.takes_tokens else {}
+        torch.manual_seed(1)
+        sorted_ = layer(x, **given).output
+        torch.manual_seed(1)
+        with torch.no_grad(), monkeypatch.context() as patch:
+            if 0 < batch * choices <= FEW:
+                patch.setattr(dispatch, "plan", None)
+            written = layer(x, **given).output
+        tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(written, sorted_, rtol=tolerance, atol=tolerance)
+        assert written.dtype == dtype
+
+
+@every_router
 @pytest.mark.parametrize("capacity", [None, 0.01])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_where_there_is_no_token_or_only_padding_every_number_is_finite_and_nothing_is_dropped(

@@ -17,6 +17,9 @@ from apt_moe.experts import Backend, Experts, choose_backend
 from apt_moe.parallel import run_sharded, shard_experts
 from apt_moe.upcycling import Upcycling
 
+FEW = 8
+"""Choices of experts that are followed one by one in writing: sorting costs as much as some eight experts of a small layer."""
+
 
 class MixtureOfExperts(nn.Module):
     """y = c sum_{e in top k} w_e f_e(x) + d sum_s f_s(x), w and the choice from the router, s the shared experts.
@@ -79,6 +82,31 @@ class MixtureOfExperts(nn.Module):
             routed["tokens"] = tokens
         indices, weights, losses = self.router_provider.route(self.router, x, self.training, **routed)
         indices, weights = indices.flatten(0, 1), weights.flatten(0, 1)
+        if self._is_writing(x, indices):
+            output, metrics = self.experts.few(x.flatten(0, 1), indices, weights), {}
+        else:
+            plan = self._plan(indices, weights, mask)
+            output, metrics = self._run(x.flatten(0, 1), indices, weights, plan), self._metrics(x, indices, plan, mask)
+        output = output.to(x.dtype).view_as(x)
+        if self.routed_scale != 1:
+            output = output * self.routed_scale
+        if self.shared is not None:
+            for expert in self.shared:
+                output = output + as_part(expert(x, mask=mask)).output * self.shared_scale
+        return Part(output, losses, metrics)
+
+    def _is_writing(self, x: Tensor, indices: Tensor) -> bool:
+        """Whether this is one more token of few texts, whose experts may be called one after the other."""
+        return (
+            x.shape[1] == 1
+            and 0 < indices.numel() <= FEW
+            and not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+            and x.device.type == "cpu"
+            and self.backend == "auto"
+            and self.mesh is None
+        )
+
+    def _plan(self, indices: Tensor, weights: Tensor, mask: Tensor | None) -> dispatch.Plan:
         counted = None if mask is None else mask.flatten()
         limit = None
         if self._is_limited() and self.router_provider.supports_dynamic_capacity():
@@ -86,14 +114,7 @@ class MixtureOfExperts(nn.Module):
                 indices.numel(), self.experts.num_experts, indices.shape[1], self.capacity_factor
             )
         sent = weights > 0 if self.router_provider.supports_expert_choice() else None
-        plan = dispatch.plan(indices, self.experts.num_experts, limit=limit, counted=counted, sent=sent)
-        output = self._run(x.flatten(0, 1), indices, weights, plan).to(x.dtype).view_as(x)
-        if self.routed_scale != 1:
-            output = output * self.routed_scale
-        if self.shared is not None:
-            for expert in self.shared:
-                output = output + as_part(expert(x, mask=mask)).output * self.shared_scale
-        return Part(output, losses, self._metrics(x, indices, plan, mask))
+        return dispatch.plan(indices, self.experts.num_experts, limit=limit, counted=counted, sent=sent)
 
     def _run(self, tokens: Tensor, indices: Tensor, weights: Tensor, plan: dispatch.Plan) -> Tensor:
         """sum_e w_e f_e(x) for `tokens` [tokens, d_model]; `indices` and `weights` [tokens, k]."""
