@@ -89,22 +89,22 @@ class Experts(nn.Module):
     def few(self, tokens: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """sum_j w_j f_{e_j}(token), expert after expert: for so few `tokens` [tokens, d_model] that sorting them would cost more.
 
-        `indices` and `weights` [tokens, k]; the numbers are waited for, so it is for the CPU.
+        `indices` and `weights` [tokens, k]; the numbers are waited for, and there is no gradient: it is for writing on the CPU.
         """
-        outputs = [
-            self._one(row, expert)
-            for row, experts in zip(tokens.unsqueeze(1), indices.tolist(), strict=True)
-            for expert in experts
-        ]
+        owners = [owner._parameters for owner in self.layer.modules() if owner._parameters]
+        stacks = [dict(owner) for owner in owners]
+        outputs = []
+        try:
+            for row, experts in zip(tokens.unsqueeze(1), indices.tolist(), strict=True):
+                for expert in experts:
+                    # What `functional_call` does, which takes longer than a small expert.
+                    for owner, stack in zip(owners, stacks, strict=True):
+                        owner.update((name, each[expert]) for name, each in stack.items() if each is not None)  # type: ignore[misc]
+                    outputs.append(_output(self.layer(row.unsqueeze(0))).squeeze(0))
+        finally:
+            for owner, stack in zip(owners, stacks, strict=True):
+                owner.update(stack)
         return (torch.cat(outputs).view(*indices.shape, -1) * weights.unsqueeze(-1)).sum(1)
-
-    def _one(self, rows: Tensor, expert: int) -> Tensor:
-        """f_e of all `rows` [rows, d_model]."""
-        if not self.grouped:
-            weights = {name: stack[expert] for name, stack in self.layer.named_parameters()}
-            return _output(torch.func.functional_call(self.layer, weights, (rows.unsqueeze(0),))).squeeze(0)
-        with _Grouped(partial(_linear_of, expert)):
-            return _output(self.layer(rows.unsqueeze(0))).squeeze(0)
 
     def _padded(self, rows: Tensor, offsets: Tensor, experts: Tensor) -> Tensor:
         """As many rows for each expert as the busiest has, and one batched product for each linear map."""
@@ -192,10 +192,6 @@ def _linear(
 def _local(stack: Tensor) -> Tensor:
     """This rank's experts, where they are shared out."""
     return stack.to_local() if isinstance(stack, DTensor) else stack
-
-
-def _linear_of(expert: int, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return functional.linear(rows, weight[expert], None if bias is None else bias[expert])
 
 
 def _batched_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, *, room: int) -> Tensor:
