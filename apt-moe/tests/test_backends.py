@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from apt_moe.experts import SMALL, choose_backend
+from apt_moe.experts import MANY, SMALL, choose_backend
 from apt_moe.layer import MixtureOfExperts
 from apt_moe.provider import MoE
 from apt_moe.recycle import SMALLEST, Recycler
@@ -99,9 +99,10 @@ def test_two_calls_give_the_same_bits(backend: str) -> None:
 
 def test_the_choice_follows_device_and_size() -> None:
     cpu = torch.device("cpu")
-    assert choose_backend(cpu, SMALL) == "loop"
-    assert choose_backend(cpu, SMALL - 1) == "grouped_mm"
-    assert choose_backend(torch.device("cuda"), SMALL) == "grouped_mm"
+    assert choose_backend(cpu, SMALL, MANY + 1) == "loop"
+    assert choose_backend(cpu, SMALL - 1, MANY) == "loop"
+    assert choose_backend(cpu, SMALL - 1, MANY + 1) == "grouped_mm"
+    assert choose_backend(torch.device("cuda"), SMALL, MANY) == "grouped_mm"
 
 
 def test_memory_that_is_given_back_is_used_again_and_never_more_is_kept_than_was_in_use() -> None:

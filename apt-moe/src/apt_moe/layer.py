@@ -120,7 +120,7 @@ class MixtureOfExperts(nn.Module):
         """sum_e w_e f_e(x) for `tokens` [tokens, d_model]; `indices` and `weights` [tokens, k]."""
         backend = self.backend
         if backend == "auto":
-            backend = choose_backend(tokens.device, self.experts.largest)
+            backend = choose_backend(tokens.device, self.experts.largest, self.experts.num_experts)
         if backend == "naive":
             kept = weights if plan.kept is None else weights * plan.kept.view_as(weights)
             shares = kept.new_zeros(len(tokens), self.experts.num_experts).scatter_add(1, indices, kept)
