@@ -7,10 +7,10 @@ draws the figure of docs/attention.md. Everything goes on where it was stopped; 
 All runs read Python's standard library as bytes in the same order. The learning rate is warmed up, constant, and falls
 linearly over the last fifth. The first seed is trained at both `RATES`; the one that is better for an attention serves its other
 seeds, since attentions differ in the rate that they bear: a product of two weights, such as Tri-Vein has, takes larger steps.
-*Equal tokens*: the same number of steps. *Equal time*: a run has as many steps as fit in the time of multi-head attention's, by the cost
-of a step, and a decay of its own; since the rate is constant before it, such a run goes on from the last checkpoint of
-the run of equal tokens that both have in common (`apt-core branch`). A step's cost is CPU time of one thread, the median over
-rounds in which all attentions take one step each in turn.
+*Equal tokens*: the same number of steps. *Equal time*: a run has as many steps as fit in the time of multi-head attention's,
+by the cost of a step, and a decay of its own; since the rate is constant before it, such a run goes on from the last
+checkpoint of the run of equal tokens that both have in common (`apt-core branch`). A step's cost is CPU time of one thread,
+the median over rounds in which all attentions take one step each in turn.
 """
 
 from __future__ import annotations
