@@ -277,8 +277,12 @@ def _point_to(run: Path) -> None:
 
 def _default_out(name: str, resume: str) -> Path:
     if resume not in ("never", "auto"):
+        from apt.training.checkpoint import is_checkpoint
+
         given = Path(resume)
-        return given if (given / "latest").is_file() else given.parent
+        if not is_checkpoint(given):
+            return given
+        return given.parent if given.name not in ("", "..") else given.resolve().parent
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 

@@ -71,49 +71,117 @@ class LoadedRun:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a run's folder or a checkpoint's folder means. Raises `CheckpointError`.
+    """The checkpoint that a run's folder or a checkpoint's folder means. Raises `CheckpointError`, naming what is damaged.
 
-    A run that died between writing a checkpoint and pointing to it is taken by its newest whole checkpoint.
+    What `latest` names counts; a run that died before it first pointed to a checkpoint is taken by its newest whole one.
     """
-    if (path / MANIFEST).is_file():
-        return path
     if not path.is_dir():
         raise CheckpointError(f"{path}: there is no such folder")
+    if is_checkpoint(path):
+        if not (path / MANIFEST).is_file():
+            raise _damaged(path, [f"{MANIFEST} is missing"])
+        return path
     pointer = path / LATEST
     if pointer.is_file():
-        folder = path / pointer.read_text().strip()
-        if (folder / MANIFEST).is_file():
-            return folder
+        return _follow(pointer)
+    if lost := list_damaged(path):
+        raise _damaged(lost[-1], list_wrong(lost[-1]))
     whole = list_checkpoints(path)
     if not whole:
         raise CheckpointError(f"{path}: holds no checkpoint")
     return whole[-1]
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is a checkpoint, damaged or not, and not a run's."""
+    return (path / MANIFEST).is_file() or (path / STATE).is_file()
+
+
+def _follow(pointer: Path) -> Path:
+    """The checkpoint that a pointer of a run names. Raises `CheckpointError` where there is none."""
+    try:
+        name = pointer.read_text(encoding="utf-8").strip()
+    except ValueError:
+        name = ""
+    folder = pointer.parent / name
+    if name and Path(name).name == name and folder.is_dir():
+        if not (folder / MANIFEST).is_file():
+            raise _damaged(folder, [f"{MANIFEST} is missing"])
+        return folder
+    whole = list_checkpoints(pointer.parent)
+    what = f"names {name!r}, which is not there" if name else "damaged: it names no checkpoint"
+    hint = (
+        f"the newest whole one is {whole[-1]}; give it by its path (--resume {whole[-1]})"
+        if whole
+        else "nor is another"
+    )
+    raise CheckpointError(f"{pointer}: {what}; {hint}")
+
+
 def list_checkpoints(run: Path) -> list[Path]:
-    """The whole checkpoints of a run, by the step that each of them says it holds."""
-    steps: dict[Path, int] = {}
-    for manifest in run.glob(f"*/{MANIFEST}"):
-        if not manifest.parent.name.startswith("."):
-            try:
-                steps[manifest.parent] = int(json.loads((manifest.parent / STATE).read_text())["step"])
-            except (OSError, ValueError, KeyError, TypeError):
-                continue  # damaged: `verify` names it where it is asked for
+    """The checkpoints of a run that can be read, by the step that each of them says it holds."""
+    steps = {each: step for each in _list_folders(run) if (step := read_step(each)) is not None}
     return sorted(steps, key=lambda folder: steps[folder])
+
+
+def list_damaged(run: Path) -> list[Path]:
+    """What looks like a checkpoint of a run and cannot be read as one, by name."""
+    return sorted(each for each in _list_folders(run) if read_step(each) is None)
+
+
+def holds_checkpoints(run: Path) -> bool:
+    """Whether a run has saved anything, damaged or not."""
+    return (run / LATEST).is_file() or bool(_list_folders(run))
+
+
+def _list_folders(run: Path) -> list[Path]:
+    """What is, or was, a checkpoint of a run. A hidden folder is one that was never finished."""
+    found = (each for each in run.glob("*") if each.is_dir() and not each.name.startswith("."))
+    return [each for each in found if each.name.startswith("step-") or is_checkpoint(each)]
+
+
+def read_step(folder: Path) -> int | None:
+    """The step that a checkpoint says it holds; None where it is not whole enough to say so."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    try:
+        return int(json.loads((folder / STATE).read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # whoever asks for the folder is told by `verify`
 
 
 def verify(folder: Path) -> None:
     """Compare every file with its digest. Raises `CheckpointError` naming what is damaged, and the checkpoint before."""
+    if wrong := list_wrong(folder):
+        raise _damaged(folder, wrong)
+
+
+def list_wrong(folder: Path) -> list[str]:
+    """The files that are not as the manifest says, or what is wrong with that."""
     try:
-        digests = json.loads((folder / MANIFEST).read_text())
-        wrong = [name for name, digest in digests.items() if digest_of(folder / name) != digest]
-    except (OSError, ValueError) as error:
-        wrong = [str(error)]
-    if wrong:
-        ordered = list_checkpoints(folder.parent)
-        before = ordered[: ordered.index(folder)] if folder in ordered else ordered
-        hint = f"use the one before, {before[-1]}" if before else "there is none before it"
-        raise CheckpointError(f"{folder}: damaged ({', '.join(wrong)}); {hint}")
+        digests = dict[str, str](json.loads((folder / MANIFEST).read_text()))
+        return [name for name, digest in digests.items() if digest_of(folder / name) != digest]
+    except FileNotFoundError as error:
+        return [f"{Path(error.filename).name} is missing"]
+    except (OSError, ValueError, TypeError) as error:
+        return [f"{MANIFEST}: {error}"]
+
+
+def _damaged(folder: Path, wrong: Iterable[str]) -> CheckpointError:
+    """What is said of a damaged checkpoint: the whole one before it is offered, else those that there are."""
+    named = folder.name.removeprefix("step-")
+    # A damaged file may say any step.
+    step = int(named) if named.isdecimal() else read_step(folder)
+    steps = {each: read_step(each) for each in list_checkpoints(folder.parent) if each != folder}
+    before = [each for each, its in steps.items() if step is not None and its is not None and its < step]
+    usable = next((each for each in reversed(before) if not list_wrong(each)), None)
+    if usable is not None:
+        hint = f"use the one before, {usable}"
+    elif later := [str(each) for each in steps if each not in before and not list_wrong(each)]:
+        hint = f"there is none before it; there are: {', '.join(later)}"
+    else:
+        hint = "there is none before it"
+    return CheckpointError(f"{folder}: damaged ({', '.join(wrong)}); {hint}")
 
 
 def load_run(path: Path | str, *, allow_local_code: bool = False, strict_lock: bool = False) -> LoadedRun:
@@ -168,11 +236,15 @@ def load_weights(folder: Path, model: nn.Module, names: Mapping[str, str] | None
 
 
 def read_saved(folder: Path) -> dict[str, Any]:
-    """The plain part of a checkpoint. Raises `CheckpointError` for one of another format."""
-    saved: dict[str, Any] = json.loads((folder / STATE).read_text())
-    if saved["format"] != FORMAT:
+    """The plain part of a checkpoint. Raises `CheckpointError` for one that is damaged or of another format."""
+    try:
+        saved: dict[str, Any] = json.loads((folder / STATE).read_text())
+        written = saved["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder, [STATE]) from error
+    if written != FORMAT:
         raise CheckpointError(
-            f"{folder}: has format {saved['format']}, and this version of apt-core reads format {FORMAT}; "
+            f"{folder}: has format {written}, and this version of apt-core reads format {FORMAT}; "
             "use the version that wrote it"
         )
     return saved

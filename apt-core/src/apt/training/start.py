@@ -25,8 +25,12 @@ from apt.training.checkpoint import (
     WEIGHTS,
     digest_of,
     find_checkpoint,
+    holds_checkpoints,
     list_checkpoints,
+    list_damaged,
+    list_wrong,
     read_saved,
+    read_step,
     verify,
 )
 from apt.training.tensors import model_tensors, saved_shapes
@@ -71,7 +75,7 @@ class Start:
             if out.is_dir() and any(out.iterdir()):
                 raise UserError(f"{out}: is not empty; give another --out, or train with --resume auto to go on there")
             folder = branch
-        elif resume != "auto" or list_checkpoints(out):
+        elif resume != "auto" or holds_checkpoints(out):
             folder = find_checkpoint(out if resume == "auto" else Path(resume))
         if folder is None:
             return cls()
@@ -100,16 +104,25 @@ class Start:
 
 
 def find_step(run: Path, step: int | None) -> Path:
-    """The checkpoint of a run that was saved at `step`, or its newest. Raises `CheckpointError` with those that there are."""
+    """The whole checkpoint of a run that was saved at `step`, or its newest.
+
+    Raises `CheckpointError` where it is damaged, or is not there, with those that are.
+    """
     if step is None:
-        return find_checkpoint(run)
-    folders = {int(read_saved(folder)["step"]): folder for folder in list_checkpoints(run)}
-    if step not in folders:
-        there = ", ".join(map(str, folders)) or "none"
-        raise CheckpointError(
-            f"{run}: has no checkpoint of step {step}; it has: {there}. training.keep_last and save_every say which are kept"
-        )
-    return folders[step]
+        folder = find_checkpoint(run)
+    else:
+        folders = {read_step(each): each for each in list_checkpoints(run)}
+        if step not in folders:
+            there = ", ".join(map(str, folders)) or "none"
+            lost = [*list_damaged(run), *(each for each in folders.values() if list_wrong(each))]
+            damaged = f"; damaged: {', '.join(map(str, lost))}" if lost else ""
+            raise CheckpointError(
+                f"{run}: has no checkpoint of step {step}; it has: {there}{damaged}. "
+                "training.keep_last and save_every say which are kept"
+            )
+        folder = folders[step]
+    verify(folder)
+    return folder
 
 
 def check_phase(folder: Path, state: RunState, config: APTConfig) -> None:

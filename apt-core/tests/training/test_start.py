@@ -1,0 +1,116 @@
+"""Where a run starts: what is damaged is named, and nothing begins anew, goes back or mixes two runs without a word."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from apt.cli import main
+from apt.core.profile import load_profile
+from apt.errors import CheckpointError
+from apt.training.record import read_metrics
+from apt.training.trainer import RunResult, Trainer
+
+
+def train(profile: Path, out: Path, *sets: str, resume: str = "auto", console: Console | None = None) -> RunResult:
+    loaded = load_profile(profile, sets=sets)
+    quiet = Console(file=io.StringIO()) if console is None else console
+    return Trainer(loaded.config, out, resolved=loaded.resolved, console=quiet, resume=resume).fit()
+
+
+def cut(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+@pytest.fixture
+def run(profile_file: Path, tmp_path: Path) -> Path:
+    """Eight steps, saved at each second."""
+    train(profile_file, tmp_path / "run", "training.save_every=2", "training.keep_last=9")
+    return tmp_path / "run"
+
+
+def test_where_the_only_checkpoint_is_damaged_nothing_begins_anew(profile_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "one"
+    train(profile_file, out, "training.keep_last=1")
+    before = (out / "metrics.jsonl").read_bytes()
+    for name in ("state.json", "manifest.json"):
+        shutil.copytree(out, tmp_path / name)
+        cut(tmp_path / name / "step-000008" / name)
+        with pytest.raises(CheckpointError, match=r"step-000008: damaged \(.*; there is none before it"):
+            train(profile_file, tmp_path / name)
+        assert (tmp_path / name / "metrics.jsonl").read_bytes() == before
+    shutil.rmtree(out / "step-000008")
+    with pytest.raises(CheckpointError, match=r"latest: names 'step-000008', which is not there; nor is another"):
+        train(profile_file, out)
+    (out / "latest").unlink()
+    assert train(profile_file, out).state.step == 8
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", "resolved.yaml"])
+@pytest.mark.parametrize("pointed", [True, False])
+def test_a_damaged_newest_is_named_and_the_one_before_offered(
+    run: Path, profile_file: Path, name: str, pointed: bool
+) -> None:
+    (run / "step-000008" / name).unlink()
+    if not pointed:
+        (run / "latest").unlink()
+    with pytest.raises(
+        CheckpointError, match=rf"step-000008: damaged \({name} is missing\); use the one before, .*step-000006$"
+    ):
+        train(profile_file, run, "training.max_epochs=3")
+
+
+@pytest.mark.parametrize("content", [b"\xf3tep-000008\n", b"", b"stfp-000008\n", b"../run/step-000008\n"])
+def test_a_damaged_pointer_is_named(run: Path, profile_file: Path, content: bytes) -> None:
+    (run / "latest").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"latest: .*give it by its path \(--resume .*step-000008\)"):
+        train(profile_file, run, "training.max_epochs=3")
+
+
+def test_a_run_that_was_never_pointed_to_goes_on_in_its_own_folder(
+    profile_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "runs" / "one"
+    train(profile_file, out)
+    (out / "latest").unlink()
+    (out / ".step-000012.part").mkdir()
+    assert main(["train", "-p", str(profile_file), "--resume", str(out), "--set", "training.max_epochs=3"]) == 0
+    assert [each.name for each in out.parent.iterdir()] == ["one"]
+    assert (out / "latest").read_text() == "step-000012\n"
+
+
+def test_a_branch_names_what_is_damaged(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def branch(step: int) -> str:
+        words = ["--at", str(step), "--out", str(tmp_path / "no"), "--set", "training.max_steps=2"]
+        assert main(["branch", str(run), *words]) == 2
+        assert not (tmp_path / "no").exists()
+        return capsys.readouterr().err
+
+    capsys.readouterr()
+    state, profile = run / "step-000004" / "state.json", run / "step-000004" / "resolved.yaml"
+    whole = state.read_bytes()
+    state.write_bytes(whole.replace(b'"format"', b'"gormat"'))
+    assert "step-000004: damaged (state.json); use the one before" in branch(4)
+    assert "step 6 is the end of this profile" in branch(6)
+    state.write_bytes(whole.replace(b'"step": 4', b'"step": 5'))
+    assert f"has no checkpoint of step 4; it has: 2, 5, 6, 8; damaged: {run / 'step-000004'}." in branch(4)
+    cut(state)
+    assert f"has no checkpoint of step 4; it has: 2, 6, 8; damaged: {run / 'step-000004'}." in branch(4)
+    state.write_bytes(whole)
+    cut(profile)
+    assert "step-000004: damaged (resolved.yaml); use the one before" in branch(4)
+
+
+def test_what_is_offered_for_a_damaged_one_is_never_later_nor_damaged(run: Path, profile_file: Path) -> None:
+    cut(run / "step-000004" / "state.json")
+    cut(run / "step-000002" / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"000004: damaged \(state.json\); there is none before it; there are: \S*6, \S*8$"
+    ):
+        train(profile_file, run, resume=str(run / "step-000004"))
+    assert len(read_metrics(run)) > 8
