@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from rich.console import Console
 
 from apt.cli import main
 from apt.core.profile import load_profile
-from apt.errors import CheckpointError
+from apt.errors import CheckpointError, UserError
+from apt.training import trainer
+from apt.training.checkpoint import load_run, verify
 from apt.training.record import read_metrics
 from apt.training.trainer import RunResult, Trainer
 
@@ -114,3 +117,70 @@ def test_what_is_offered_for_a_damaged_one_is_never_later_nor_damaged(run: Path,
     ):
         train(profile_file, run, resume=str(run / "step-000004"))
     assert len(read_metrics(run)) > 8
+
+
+def test_a_run_goes_on_in_its_own_folder_or_in_a_new_one(run: Path, profile_file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    train(profile_file, other, "training.seed=7")
+    before = (other / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"other: is not empty, and is not the run of .*step-000008; give a new folder"):
+        train(profile_file, other, "training.max_epochs=3", resume=str(run))
+    assert (other / "metrics.jsonl").read_bytes() == before
+    assert train(profile_file, tmp_path / "new", "training.max_epochs=3", resume=str(run)).state.step == 12
+    names = {"record.json", "lock.json", "environment.txt", "profile"}
+    assert names <= {each.name for each in (tmp_path / "new").iterdir()}
+    parent = json.loads((tmp_path / "new" / "record.json").read_text())["parent"]
+    assert (parent["run"], parent["checkpoint"], parent["step"]) == (str(run), "step-000008", 8)
+
+
+class Killed(BaseException):
+    """The process ends here, as far as the run's folder can tell."""
+
+
+def die_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    take = trainer.Trainer._take_step
+
+    def deadly(self: Trainer) -> None:
+        take(self)
+        if self.state.step == step:
+            raise Killed
+
+    monkeypatch.setattr(trainer.Trainer, "_take_step", deadly)
+
+
+def test_a_run_that_goes_on_from_an_earlier_checkpoint_stays_on_that_course(
+    run: Path, profile_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, sets = io.StringIO(), ("training.learning_rate=1e-4", "training.max_epochs=3", "training.save_every=4")
+    (run / "best").write_text("step-000006\n")
+    metrics = (run / "metrics.jsonl").read_bytes()
+    with monkeypatch.context() as patched:
+        die_at(3, patched)
+        console = Console(file=output, width=1000)
+        with pytest.raises(Killed):
+            train(profile_file, run, *sets, resume=str(run / "step-000002"), console=console)
+    aside = run / "set-aside"
+    told = f"set aside, with its metrics, in {aside}: step-000004, step-000006, step-000008"
+    assert told in output.getvalue()
+    assert (run / "latest").read_text() == "step-000002\n"
+    assert train(profile_file, run, *sets).state.step == 12
+    rates = {event["step"]: event["learning_rate"] for event in read_metrics(run) if event["event"] == "train"}
+    assert list(rates) == list(range(1, 13))
+    assert max(float(str(rate)) for step, rate in rates.items() if step > 2) <= 1e-4
+    # The course that was left is a run to go on with, too.
+    assert (aside / "metrics.jsonl").read_bytes() == metrics
+    assert (aside / "best").read_text() == "step-000006\n"
+    verify(aside / "step-000004")
+    assert load_run(aside).state.step == 8
+
+
+def test_a_branch_that_saved_nothing_does_not_begin_anew(
+    run: Path, profile_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        die_at(9, patched)
+        words = ["--set", "training.max_epochs=3", "--set", "training.save_every=4"]
+        with pytest.raises(Killed):
+            main(["branch", str(run), "--out", str(tmp_path / "branch"), *words])
+    with pytest.raises(UserError, match=r"branch: began at .*step-000008 and was stopped before its first checkpoint"):
+        train(tmp_path / "branch" / "resolved.yaml", tmp_path / "branch")

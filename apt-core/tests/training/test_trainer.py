@@ -406,6 +406,24 @@ def test_a_resume_says_what_has_changed_and_refuses_what_may_not(profile_file: P
     assert "allowed: training.max_epochs: 3 -> 4" in told
 
 
+@pytest.mark.parametrize("later", ["epoch=2", "step=10"])
+def test_a_resume_cannot_put_off_what_is_on(profile_file: Path, tmp_path: Path, later: str) -> None:
+    switch = "schedules.enable_watch_at_step=4" if later.startswith("step") else WATCHED[2]
+    sets = [*WATCHED[:2], WATCHED[3], "training.max_epochs=3"]
+    train(profile_file, tmp_path / "run", *sets, switch, "training.max_steps=6")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(CheckpointError, match=r"'watch' was on at step 6, and .* \(schedules.enable_watch_at_step\)"):
+        train(profile_file, tmp_path / "run", *sets, f"schedules.enable_watch_at_{later}", resume="auto")
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    output = io.StringIO()
+    console = Console(file=output, width=200)
+    result = train(
+        profile_file, tmp_path / "run", *sets, "schedules.enable_watch_at_step=6", resume="auto", console=console
+    )
+    assert "watch on" not in output.getvalue()
+    assert result.state.plugins_on == ("watch",)
+
+
 def test_what_stands_in_is_written_down_everywhere(profile_file: Path, tmp_path: Path) -> None:
     output = io.StringIO()
     sets = ["model.attention={provider: flash_v9, fallback: [sdpa]}"]

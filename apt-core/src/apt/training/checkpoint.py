@@ -150,6 +150,18 @@ def read_step(folder: Path) -> int | None:
         return None  # whoever asks for the folder is told by `verify`
 
 
+def _named_step(folder: Path) -> int | None:
+    named = folder.name.removeprefix("step-")
+    return int(named) if named.isdecimal() else None
+
+
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint says it holds; where it cannot be read, that of its name, or -1."""
+    step = read_step(folder)
+    step = _named_step(folder) if step is None else step
+    return -1 if step is None else step
+
+
 def verify(folder: Path) -> None:
     """Compare every file with its digest. Raises `CheckpointError` naming what is damaged, and the checkpoint before."""
     if wrong := list_wrong(folder):
@@ -169,9 +181,8 @@ def list_wrong(folder: Path) -> list[str]:
 
 def _damaged(folder: Path, wrong: Iterable[str]) -> CheckpointError:
     """What is said of a damaged checkpoint: the whole one before it is offered, else those that there are."""
-    named = folder.name.removeprefix("step-")
-    # A damaged file may say any step.
-    step = int(named) if named.isdecimal() else read_step(folder)
+    step = _named_step(folder)  # a damaged file may say any
+    step = read_step(folder) if step is None else step
     steps = {each: read_step(each) for each in list_checkpoints(folder.parent) if each != folder}
     before = [each for each, its in steps.items() if step is not None and its is not None and its < step]
     usable = next((each for each in reversed(before) if not list_wrong(each)), None)

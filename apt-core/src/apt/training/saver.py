@@ -16,8 +16,8 @@ class Saver:
     """Writes the snapshots of one run. Kept are the last `keep_last` and, with `keep_best`, the one of the lowest loss.
 
     Only when a checkpoint is whole and pointed to is an older one removed. Checkpoints of later steps than the one that is
-    written, left over from a run that was resumed from an earlier one, stay until they are overtaken. With `ranks` of more than
-    one, all of them save: each has a part of every snapshot.
+    written, left over from a run that went back, stay until they are overtaken. With `ranks` of more than one, all of them save:
+    each has a part of every snapshot.
     """
 
     def __init__(self, run: Path, *, keep_last: int, keep_best: bool, asynchronous: bool, ranks: Ranks = ALONE) -> None:

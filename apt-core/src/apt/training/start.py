@@ -6,7 +6,10 @@ schedules, experts where the trunk was dense, the learning rate, the text.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +23,8 @@ from apt.hookspecs import RunState
 from apt.modeling.parts import find_parts
 from apt.training.changes import BRANCH, RESUME, check_changes
 from apt.training.checkpoint import (
+    BEST,
+    LATEST,
     MANIFEST,
     PROFILE,
     WEIGHTS,
@@ -31,9 +36,15 @@ from apt.training.checkpoint import (
     list_wrong,
     read_saved,
     read_step,
+    step_of,
     verify,
 )
+from apt.training.record import METRICS, RECORD
+from apt.training.snapshot import point
 from apt.training.tensors import model_tensors, saved_shapes
+
+ASIDE = "set-aside"
+"""Where the checkpoints of a course that was left lie, in the run's folder."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +70,12 @@ class Parent:
 
 @dataclass(frozen=True)
 class Start:
-    """A checkpoint, or none, and whether it is another run's. `changes` are what the profile says otherwise since."""
+    """A checkpoint, or none, and whose it is. `changes` are what the profile says otherwise since."""
 
     checkpoint: Path | None = None
     is_branch: bool = False
+    is_moved: bool = False
+    """Whether a run goes on in another folder than its own."""
     changes: tuple[str, ...] = ()
 
     @classmethod
@@ -78,13 +91,20 @@ class Start:
         elif resume != "auto" or holds_checkpoints(out):
             folder = find_checkpoint(out if resume == "auto" else Path(resume))
         if folder is None:
+            _require_no_parent(out)
             return cls()
+        is_moved = branch is None and folder.resolve().parent != out.resolve()
+        if is_moved and out.is_dir() and any(out.iterdir()):
+            raise UserError(
+                f"{out}: is not empty, and is not the run of {folder}; give a new folder as --out, "
+                f"or {folder.parent} to go on there"
+            )
         verify(folder)
         read_saved(folder)
         # Before anything is built, since what may not change might not fit either.
         saved = read_resolved(folder / PROFILE).config
         changes = check_changes(folder, saved, config, BRANCH if branch is not None else RESUME)
-        return cls(folder, branch is not None, tuple(changes))
+        return cls(folder, branch is not None, is_moved, tuple(changes))
 
     @property
     def is_new(self) -> bool:
@@ -93,14 +113,58 @@ class Start:
 
     @property
     def parent(self) -> dict[str, object] | None:
-        """What is recorded of the run that this one is a branch of; a resumed branch remembers it."""
+        """What is recorded of the run that this one began in; a resumed branch remembers it."""
         if self.checkpoint is None:
             return None
         saved = read_saved(self.checkpoint)
-        if not self.is_branch:
+        if not (self.is_branch or self.is_moved):
             parent: dict[str, object] | None = saved["progress"].get("parent")
             return parent
         return Parent.of(self.checkpoint, int(saved["step"]), self.changes).to_dict()
+
+    def take_up(self, out: Path) -> list[str]:
+        """Let `latest` name the checkpoint that a run goes on from, and set later ones aside; what was done, in words.
+
+        A run has one past: without this, `--resume auto` and going back after a number that is not finite would take up the
+        checkpoints of a course that was left.
+        """
+        if self.checkpoint is None or self.is_branch or self.is_moved:
+            return []
+        folder = self.checkpoint.resolve()
+        point(out, LATEST, folder)
+        step = int(read_saved(folder)["step"])
+        later = [each for each in (*list_checkpoints(out), *list_damaged(out)) if step_of(each) > step]
+        if not later:
+            return []
+        aside = next(each for each in map(out.joinpath, _names_aside()) if not each.exists())
+        aside.mkdir()
+        best = out / BEST
+        if best.is_file() and best.read_text().strip() in {each.name for each in later}:
+            best.rename(aside / BEST)
+        if (out / METRICS).is_file():
+            shutil.copyfile(out / METRICS, aside / METRICS)
+        for each in later:
+            each.rename(aside / each.name)
+        names = ", ".join(each.name for each in later)
+        return [f"the later checkpoints of this run are set aside, with its metrics, in {aside}: {names}"]
+
+
+def _names_aside() -> Iterator[str]:
+    yield ASIDE
+    yield from (f"{ASIDE}-{number}" for number in itertools.count(2))
+
+
+def _require_no_parent(out: Path) -> None:
+    """Raise `UserError` where a run began in another and was stopped before it saved: anew it would be another run."""
+    try:
+        parent = json.loads((out / RECORD).read_text())["parent"]
+    except (OSError, ValueError):
+        return  # it was stopped before it had written down what it is: nothing is lost
+    if parent is not None:
+        raise UserError(
+            f"{out}: began at {Path(parent['run']) / parent['checkpoint']} and was stopped before its first checkpoint; "
+            "start it again from there, in a new folder"
+        )
 
 
 def find_step(run: Path, step: int | None) -> Path:
@@ -132,7 +196,8 @@ def check_phase(folder: Path, state: RunState, config: APTConfig) -> None:
         if plugin not in on:
             raise CheckpointError(
                 f"{folder}: {plugin!r} was on at step {state.step}, and what is on cannot be switched off; list it in plugins, "
-                f"with its switch at step {state.step} or before, or start from an earlier checkpoint"
+                f"with its switch (schedules.enable_{plugin}_at_step) at step {state.step} or before, "
+                "or start from an earlier checkpoint"
             )
 
 

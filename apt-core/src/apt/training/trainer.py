@@ -56,7 +56,7 @@ from apt.training.phases import Phases
 from apt.training.plot import plot_run
 from apt.training.progress import Report
 from apt.training.ranks import ALONE, Ranks, join_ranks
-from apt.training.record import Metrics, write_record
+from apt.training.record import RECORD, Metrics, write_record
 from apt.training.saver import Saver
 from apt.training.start import Start, check_phase, match_names
 from apt.training.step import Step
@@ -179,9 +179,11 @@ class Trainer:
         if not self.ranks.is_main:
             return Metrics(None, None)
         self.out.mkdir(parents=True, exist_ok=True)
+        for line in self.start.take_up(self.out):
+            self._warn(line)
         (self.out / PROFILE).write_text(dump_resolved(self.config, self.resolved), encoding="utf-8")
         resumed_at = None if self.start.is_new else self.state.step
-        if self.start.is_new:
+        if self.start.is_new or not (self.out / RECORD).is_file():
             write_record(
                 self.out,
                 self.config,
@@ -260,14 +262,15 @@ class Trainer:
             self._warn(f"{what}; what is held out now may have been learnt then")
         for fault in check_lock(Lock.from_dict(saved["lock"]), make_lock(self.resolved), strict=self.strict_lock):
             self._warn(f"{folder.name}: {fault}")
-        if saved["step"] >= self.state.max_steps:
-            step = saved["step"]
-            raise CheckpointError(f"{folder}: step {step} is the end of this profile; raise max_epochs or max_steps")
+        state = read_state(saved)
+        if state.step >= self.state.max_steps:
+            raise CheckpointError(
+                f"{folder}: step {state.step} is the end of this profile; raise max_epochs or max_steps"
+            )
         self.left_out = saved["progress"]["left_out"]
+        check_phase(folder, state, self.config)
         names: dict[str, str] | None = None
         if self.start.is_branch:
-            state = read_state(saved)
-            check_phase(folder, state, self.config)
             for plugin in state.plugins_on:
                 set_active(self.model, plugin, True)
             names = match_names(folder, self.model)
