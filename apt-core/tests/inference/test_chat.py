@@ -100,6 +100,59 @@ def test_a_reply_that_is_broken_off_stays_in_the_conversation(model: Decoder) ->
     assert chat.messages == []
 
 
+def test_after_ctrl_c_within_the_model_the_conversation_goes_on_as_if_it_were_read_anew(model: Decoder) -> None:
+    calls: list[None] = []
+
+    def interrupt(module: object, inputs: object) -> None:
+        calls.append(None)
+        if len(calls) == 5:
+            raise KeyboardInterrupt  # the first block has read the token, the second has not
+
+    chat = Chat(model, Letters(), max_new_tokens=12, sampling=GREEDY)
+    handle = model.blocks[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(chat.say("abc"))
+    handle.remove()
+    assert [each["role"] for each in chat.messages] == ["user", "assistant"]
+    fresh = Chat(model, Letters(), max_new_tokens=12, sampling=GREEDY)
+    fresh.messages = [*chat.messages]
+    assert "".join(chat.say("de")) == "".join(fresh.say("de"))
+    held, right = (each._context for each in (chat, fresh))
+    assert held is not None
+    assert right is not None
+    assert held.texts == right.texts
+    for context in (held, right):
+        context.add([40])
+    assert torch.equal(held.logits(), right.logits())
+
+
+def test_a_message_that_cannot_be_read_leaves_the_conversation_as_it_was(model: Decoder) -> None:
+    chat = Chat(model, Letters(), max_new_tokens=4, sampling=GREEDY)
+    list(chat.say("abc"))
+    before = [*chat.messages]
+    with pytest.raises(UserError, match=r"holds '\\udcff', half of a character; write it in UTF-8"):
+        list(chat.say("a\udcff"))
+    assert chat.messages == before
+    with pytest.raises(UserError, match=r"holds '\\udcff', half of a character"):
+        Chat(model, Letters(), system="\udcff", sampling=GREEDY)
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_bytes_that_are_no_utf_8_are_an_error_of_their_turn_and_the_next_is_answered(
+    model: Decoder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, errors: str
+) -> None:
+    import apt.cli.pretrained as commands
+
+    chat = Chat(model, Letters(), max_new_tokens=4, sampling=GREEDY)
+    piped = io.TextIOWrapper(io.BytesIO(b"a\xff\nhello\n"), encoding="utf-8", errors=errors)
+    monkeypatch.setattr("sys.stdin", piped)
+    commands._talk(chat)
+    captured = capsys.readouterr()
+    assert captured.err.startswith(r"error: the prompt holds '\udcff', half of a character")
+    assert chat.messages[0]["content"] == "hello"
+    assert captured.out == chat.messages[1]["content"] + "\n"
+
+
 def test_the_oldest_turns_leave_where_the_context_is_full(model: Decoder) -> None:
     chat = Chat(model, Letters(), system="Be brief.", max_new_tokens=20, sampling=GREEDY)
     for _ in range(6):

@@ -15,6 +15,7 @@ from apt.errors import UserError
 from apt.inference.generate import generate
 from apt.pretrained.exporting import export_hf
 from apt.pretrained.importing import import_model
+from apt.pretrained.llama import LlamaShape
 
 from .conftest import change, loaded, logits, train
 
@@ -131,12 +132,44 @@ def test_the_ids_that_end_a_text_are_those_of_the_generation_config_too(exported
         ({"hidden_act": "gelu"}, "hidden_act: 'gelu'"),
         ({"hidden_size": None}, "hidden_size: is missing"),
         ({"eos_token_id": None}, "eos_token_id"),
+        (
+            {"model_type": "mistral", "sliding_window": 7, "layer_types": ["full_attention", "sliding_attention"]},
+            "sliding_window: 7 in 1 of 2 layers; here all layers have a window or none has",
+        ),
+        (
+            {"model_type": "qwen2", "sliding_window": 7, "use_sliding_window": True, "max_window_layers": 1},
+            "sliding_window: 7 in 1 of 2 layers",
+        ),
+        (
+            {"model_type": "qwen2", "sliding_window": 7, "use_sliding_window": True, "max_window_layers": "all"},
+            "max_window_layers: 'all' is no whole number",
+        ),
     ],
 )
 def test_what_is_no_llama_is_refused(exported: Path, tmp_path: Path, config: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         import_model("hf", copy(exported, tmp_path / "hf", **config), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "window"),
+    [
+        ({"model_type": "mistral"}, 7),
+        ({"model_type": "mistral", "sliding_window": None}, None),
+        ({"model_type": "mistral", "sliding_window": 64}, None),
+        ({"model_type": "qwen2"}, None),
+        ({"model_type": "qwen2", "use_sliding_window": True}, None),
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 2}, None),
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 0}, 7),
+        ({"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["sliding_attention"] * 2}, 7),
+        ({"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["full_attention"] * 2}, None),
+    ],
+)
+def test_a_window_is_read_as_transformers_reads_it(config: dict[str, object], window: int | None) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    more = {"vocab_size": 259, "max_position_embeddings": 64, "eos_token_id": 2, "sliding_window": 7}
+    assert LlamaShape.from_hf({**sizes, **more, **config}, "config.json").window == window
 
 
 def test_a_tensor_that_has_no_place_or_is_missing_is_named(exported: Path, tmp_path: Path) -> None:

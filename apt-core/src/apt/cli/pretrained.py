@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -101,7 +102,16 @@ def _chat(arguments: argparse.Namespace) -> int:
         special=run.special,
         state=run.state,
     )
+    _talk(chat)
+    return 0
+
+
+def _talk(chat: Chat) -> None:
+    """Answer what is said, line by line, until the input ends."""
     person = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Bytes that are no UTF-8 are an error of their turn; a strict reader would lose the lines after them too.
+        sys.stdin.reconfigure(errors="surrogateescape")
     if person:
         print(HELP, file=sys.stderr)
     while (text := _ask(person)) is not None:
@@ -113,7 +123,6 @@ def _chat(arguments: argparse.Namespace) -> int:
             print(f"{text.split()[0]}: no such command; {HELP}", file=sys.stderr)
         elif text:
             _reply(chat, text)
-    return 0
 
 
 def _ask(person: bool) -> str | None:

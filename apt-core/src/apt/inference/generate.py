@@ -119,7 +119,8 @@ def _generate(
     device = model.embedding.weight.device
     start = [] if special.start is None or isinstance(model, EncoderDecoder) else [special.start]
     rows = [
-        Row([*start, *_encode(tokenizer, event.text)], torch.Generator(device).manual_seed(seed)) for event in events
+        Row([*start, *tokenizer.encode(check_text(event.text))], torch.Generator(device).manual_seed(seed))
+        for event in events
     ]
     stream = TextStream(tokenizer)
     with inference(model):
@@ -143,12 +144,14 @@ def _generate(
     return results
 
 
-def _encode(tokenizer: Tokenizer, text: str) -> Sequence[int]:
+def check_text(text: str) -> str:
+    """The text as it is. Raises `UserError` where it holds half of a character, which bytes that are no UTF-8 leave."""
     try:
-        return tokenizer.encode(text)
+        text.encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start]
         raise UserError(f"the prompt holds {half!a}, half of a character; write it in UTF-8") from error
+    return text
 
 
 def draw(

@@ -102,7 +102,11 @@ class LlamaShape:
             refuse("mlp_bias", "the feed-forward layers here have no biases")
         if config.get("hidden_act", "silu") != "silu":
             refuse("hidden_act", "swiglu's gate is silu")
-        window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+        window = None
+        try:
+            window = _window(config, sizes)
+        except ValueError as error:
+            faults.append(Fault(f"{where}: sliding_window", str(error)))
         heads, width = sizes["num_heads"], config.get("head_dim")
         theta, given = _positions(config)
         try:
@@ -128,7 +132,7 @@ class LlamaShape:
             tied=bool(config.get("tie_word_embeddings", False)),
             head_width=width if isinstance(width, int) and width * heads != sizes["d_model"] else None,
             bias="qkv" if config["model_type"] == "qwen2" else "all" if config.get("attention_bias") else "none",
-            window=window if isinstance(window, int) and window < sizes["max_seq_len"] else None,
+            window=window,
             rope_scaling=scaling,
             bos=_first(config.get("bos_token_id")),
             eos=eos,
@@ -275,6 +279,29 @@ def _positions(config: Mapping[str, object]) -> tuple[float, Mapping[str, object
             kind = given.get("rope_type", given.get("type", "default"))
             return theta, None if kind == "default" else given
     return float(str(config.get("rope_theta", 10000.0))), None
+
+
+def _window(config: Mapping[str, object], sizes: Mapping[str, int]) -> int | None:
+    """The window that every layer has; None where none has one below the context.
+
+    As in transformers, and with its values for keys that are missing: `layer_types` names each layer's attention; without it
+    all layers of a mistral have the window, and those of a qwen2 from `max_window_layers` on, if `use_sliding_window`.
+    Raises `ValueError` where only some layers have it.
+    """
+    num_layers, qwen = sizes["num_layers"], config["model_type"] == "qwen2"
+    window = config.get("sliding_window", None if config["model_type"] == "llama" else 4096)
+    if not config.get("use_sliding_window", not qwen) or not isinstance(window, int) or window >= sizes["max_seq_len"]:
+        return None
+    kinds, first = config.get("layer_types"), config.get("max_window_layers", 28) if qwen else 0
+    if isinstance(kinds, list):
+        windowed = kinds[:num_layers].count("sliding_attention")
+    elif isinstance(first, int):
+        windowed = min(max(num_layers - first, 0), num_layers)
+    else:
+        raise ValueError(f"max_window_layers: {first!r} is no whole number")
+    if 0 < windowed < num_layers:
+        raise ValueError(f"{window} in {windowed} of {num_layers} layers; here all layers have a window or none has")
+    return window if windowed else None
 
 
 def _kinds(shape: LlamaShape, ours: str) -> tuple[str, ...]:
