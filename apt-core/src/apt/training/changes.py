@@ -21,7 +21,6 @@ class Rules:
 
 _WEIGHTS = "the weights would not fit, or would be those of another model"
 _IDS = "the ids would mean other text"
-_EPOCHS = "epochs would be counted anew"
 
 RESUME = Rules(
     {
@@ -30,20 +29,20 @@ RESUME = Rules(
         "data.tokenizer": _IDS,
         "training.batch_size": "its position in the text would mean another place",
         "training.accumulate": "its position in the text would mean another place",
-        "training.steps_per_epoch": _EPOCHS,
+        "training.steps_per_epoch": "epochs would be counted anew",
         "training.seed": "the order of the text would be another",
         "training.optimizer": "its memory would be of another form",
     },
     ("model.dropout", "model.attention_dropout"),
 )
 BRANCH = Rules(
-    {"model": _WEIGHTS, "data.tokenizer": _IDS, "training.steps_per_epoch": _EPOCHS},
+    {"model": _WEIGHTS, "data.tokenizer": _IDS},
     (
         *("model.dropout", "model.attention_dropout", "model.max_seq_len"),
         *("model.attention", "model.ffn", "model.align", "model.retrieval"),
     ),
 )
-"""Providers may change where the weights still fit, which loading them shows."""
+"""Providers may change where the weights still fit, which loading them shows; batches and text where epochs stay as long."""
 
 
 def check_changes(folder: Path, saved: APTConfig, now: APTConfig, rules: Rules) -> list[str]:

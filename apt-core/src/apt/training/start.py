@@ -77,6 +77,8 @@ class Start:
     is_moved: bool = False
     """Whether a run goes on in another folder than its own."""
     changes: tuple[str, ...] = ()
+    before: APTConfig | None = None
+    """The profile that the checkpoint was saved with."""
 
     @classmethod
     def find(cls, config: APTConfig, out: Path, resume: str, branch: Path | None) -> Start:
@@ -104,7 +106,7 @@ class Start:
         # Before anything is built, since what may not change might not fit either.
         saved = read_resolved(folder / PROFILE).config
         changes = check_changes(folder, saved, config, BRANCH if branch is not None else RESUME)
-        return cls(folder, branch is not None, is_moved, tuple(changes))
+        return cls(folder, branch is not None, is_moved, tuple(changes), saved)
 
     @property
     def is_new(self) -> bool:

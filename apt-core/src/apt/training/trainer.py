@@ -53,6 +53,7 @@ from apt.training.optim import MuonWithAdamW
 from apt.training.parallel import Parallel
 from apt.training.peak import Utilisation
 from apt.training.phases import Phases
+from apt.training.place import find_place
 from apt.training.plot import plot_run
 from apt.training.progress import Report
 from apt.training.ranks import ALONE, Ranks, join_ranks
@@ -109,7 +110,7 @@ class Trainer:
         self.hooks = HookRunner(self.resolved.plugins)
         self._stop = self._began = False
         self.left_out = 0
-        """Steps' worth of text that was read and left out, since a number was not finite there."""
+        """Steps' worth of text that its place is ahead of the step: read and left out, since a number was not finite there."""
         self.troubles = 0
         """Steps in a row whose numbers were not finite."""
 
@@ -159,7 +160,11 @@ class Trainer:
                     saver=self.saver,
                     journal=self.journal,
                     out=self.out,
-                    told={"parent": self.parent, "calibration": self.calibration.to_dict()},
+                    told={
+                        "parent": self.parent,
+                        "calibration": self.calibration.to_dict(),
+                        "steps_per_epoch": self.parts.steps_per_epoch,
+                    },
                 )
                 with explain_memory(), self.calibration.applied():
                     self._run()
@@ -271,6 +276,10 @@ class Trainer:
         check_phase(folder, state, self.config)
         names: dict[str, str] | None = None
         if self.start.is_branch:
+            assert self.start.before is not None
+            self.left_out, moved = find_place(folder, saved, self.start.before, self.config, self.parts)
+            if moved is not None:
+                self._warn(f"{folder.name}: {moved}")
             for plugin in state.plugins_on:
                 set_active(self.model, plugin, True)
             names = match_names(folder, self.model)
