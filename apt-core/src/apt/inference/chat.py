@@ -18,7 +18,7 @@ from apt.core.special import SpecialIds
 from apt.errors import UserError
 from apt.hookspecs import RunState
 from apt.inference.context import Context
-from apt.inference.generate import NOWHERE, USUAL, Row, draw, inference
+from apt.inference.generate import NOWHERE, USUAL, Row, check_text, draw, inference
 from apt.inference.sampling import Sampling
 from apt.inference.stream import TextStream
 from apt.modeling.model import Decoder
@@ -106,12 +106,16 @@ class Chat:
         self.left_out = 0
         self.generator = torch.Generator(model.embedding.weight.device).manual_seed(seed)
         self._context: Context | None = None
-        render(tokenizer, [*self.messages, {"role": "user", "content": ""}], template)  # refuses before anybody types
+        self._encode([*self.messages, {"role": "user", "content": ""}])  # refuses before anybody types
 
     def say(self, text: str) -> Generator[str, None, None]:
-        """The model's reply to `text`."""
+        """The model's reply to `text`. Raises `UserError` where it is too long or no UTF-8, and forgets it."""
         self.messages.append({"role": "user", "content": text})
-        ids = self._prompt()
+        try:
+            ids = self._prompt()
+        except BaseException:
+            self.messages.pop()
+            raise
         row = Row(ids, self.generator)
         stream = TextStream(self.tokenizer)
         pieces: list[str] = []
@@ -128,6 +132,11 @@ class Chat:
                 if piece := stream.end():
                     pieces.append(piece)
                     yield piece
+        except GeneratorExit:
+            raise  # between two tokens: what was read is whole
+        except BaseException:
+            self._context = None  # some of the layers may have read a token that the others have not
+            raise
         finally:
             self.messages.append({"role": "assistant", "content": "".join(pieces)})
 
@@ -143,7 +152,6 @@ class Chat:
         first = sum(each["role"] == "system" for each in self.messages)
         least = len(self._encode([*self.messages[:first], self.messages[-1]]))
         if least > limit:
-            self.messages.pop()
             raise UserError(f"this message has {least} tokens; the model's context has room for {limit}")
         while len(ids := self._encode(self.messages)) > limit - reserve and len(self.messages) > first + 1:
             del self.messages[first : first + 2]
@@ -153,7 +161,7 @@ class Chat:
     def _encode(self, messages: Sequence[Message]) -> list[int]:
         text = render(self.tokenizer, messages, self.template)
         encode = self.tokenizer.encode_marked if isinstance(self.tokenizer, ChatTokenizer) else self.tokenizer.encode
-        return list(encode(text))
+        return list(encode(check_text(text)))
 
     def _read(self, ids: list[int]) -> Context:
         """A context that holds `ids`: the one there is, where they go on from what it has read."""
