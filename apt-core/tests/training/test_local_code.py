@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shlex
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ import pytest
 from apt.cli import main
 from apt.errors import LockWarning
 from apt.training.checkpoint import load_run
+from apt.training.trainer import Trainer
 
 SOURCE = """
 from pydantic import Field
@@ -90,3 +94,37 @@ def test_a_checkpoint_whose_kept_code_was_changed_is_told_by_its_lock(trained: P
     (checkpoint / "manifest.json").write_text(json.dumps(digests))
     with pytest.warns(LockWarning, match=r"model\.ffn: \(file\) was sha256:"):
         load_run(trained, allow_local_code=True)
+
+
+def test_a_stopped_branch_goes_on_by_the_command_that_it_prints(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "parts" / "mine.py").unlink()
+    take, out = Trainer._take_step, tmp_path / "branch"
+
+    def stop(self: Trainer) -> None:
+        take(self)
+        if self.state.step == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_take_step", stop)
+        words = ["--set", "training.max_epochs=3", "--set", "evaluation.eval_every=4", "--allow-local-code"]
+        assert main(["branch", str(trained), "--out", str(out), *words]) == 130
+    assert "held-out" not in (out / "README.md").read_text().split("## Use")[0]
+    said = next(line for line in capsys.readouterr().out.splitlines() if "go on with: " in line)
+    command = shlex.split(said.partition("go on with: ")[2])
+    again = command[command.index("train") :]
+    assert again == [
+        "train",
+        "-p",
+        str(out / "resolved.yaml"),
+        "--allow-local-code",
+        "--resume",
+        "auto",
+        "--out",
+        str(out),
+    ]
+    assert main(again) == 0
+    assert load_run(out, allow_local_code=True).state.step == 12
+    assert "held-out loss (nats a token)" in (out / "README.md").read_text()

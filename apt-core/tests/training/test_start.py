@@ -184,3 +184,16 @@ def test_a_branch_that_saved_nothing_does_not_begin_anew(
             main(["branch", str(run), "--out", str(tmp_path / "branch"), *words])
     with pytest.raises(UserError, match=r"branch: began at .*step-000008 and was stopped before its first checkpoint"):
         train(tmp_path / "branch" / "resolved.yaml", tmp_path / "branch")
+
+
+@pytest.mark.parametrize(("parallel", "said"), [("none", "ddp"), ("fsdp", "fsdp")])
+def test_experts_are_not_shared_out_within_one_process(
+    profile_file: Path, tmp_path: Path, parallel: str, said: str
+) -> None:
+    sets = ("hardware.expert_parallel=3", f"hardware.parallel={parallel}")
+    with pytest.raises(
+        UserError,
+        match=rf"expert_parallel: 3, but this is one process; .*--nproc-per-node 3 .*hardware.parallel={said}",
+    ):
+        train(profile_file, tmp_path / "run", *sets)
+    assert not (tmp_path / "run").exists()

@@ -174,7 +174,12 @@ def _again(arguments: argparse.Namespace, out: Path) -> str:
     words = ["train", "-p", str(arguments.profile)]
     words += [word for each in arguments.sets for word in ("--set", each)]
     words += [] if arguments.plugins is None else ["--plugins", *arguments.plugins]
-    words += ["--allow-local-code"] if arguments.allow_local_code else []
+    return _going_on(words, arguments, out)
+
+
+def _going_on(words: list[str], arguments: argparse.Namespace, out: Path) -> str:
+    """A command that goes on in `out`, with the leave that was given, on as many processes."""
+    words = [*words, *(["--allow-local-code"] if arguments.allow_local_code else [])]
     words += ["--strict-lock"] if arguments.strict_lock else []
     size = int(os.environ.get("WORLD_SIZE", "1"))
     called = called_as() if size == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']} -m apt"
@@ -197,7 +202,8 @@ def _branch(arguments: argparse.Namespace) -> int:
     )
     profile = replace(changed, resolved=resolve_config(changed.config))
     out = arguments.out or _default_out(profile.config.name, "never")
-    return _run(profile, out, branch=checkpoint, strict_lock=arguments.strict_lock)
+    again = _going_on(["train", "-p", str(out / PROFILE)], arguments, out)
+    return _run(profile, out, again=again, branch=checkpoint, strict_lock=arguments.strict_lock)
 
 
 def _let_one_rank_speak() -> None:

@@ -104,6 +104,13 @@ def join_ranks(config: APTConfig) -> Iterator[Ranks]:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
+        among, parallel = config.hardware.expert_parallel, config.hardware.parallel
+        if among > 1:
+            kind = "ddp" if parallel == "none" else parallel
+            raise UserError(
+                f"hardware.expert_parallel: {among}, but this is one process; start it with torchrun --nproc-per-node {among} "
+                f"-m apt train ... --set hardware.parallel={kind}, or set it to 1"
+            )
         yield Ranks()
         return
     if config.hardware.parallel == "none":

@@ -102,10 +102,7 @@ def take_snapshot(
         "lock": make_lock(resolved).to_dict(),
     }
     texts: dict[str, str | bytes] = {PROFILE: dump_resolved(config, resolved), STATE: json.dumps(saved, indent=1)}
-    for resolution in resolved.resolutions:
-        record = record_of(resolution.provider)
-        if record.sha256:
-            texts[kept_name(record.name)] = code_of(record)
+    texts |= local_code(resolved)
     if copy:
         weights, moments = copied(weights), copied(moments)
     whole, parts = {EXTRA: extra}, {}
@@ -114,6 +111,12 @@ def take_snapshot(
         if split:
             parts[file] = split
     return Snapshot(state.step, texts, whole, tokenizer, parts)
+
+
+def local_code(resolved: Resolved) -> dict[str, bytes]:
+    """The code in files that a run uses, by the name that a copy of it has beside the run's profile."""
+    records = (record_of(resolution.provider) for resolution in resolved.resolutions)
+    return {kept_name(record.name): code_of(record) for record in records if record.sha256}
 
 
 def write_snapshot(run: Path, snapshot: Snapshot, ranks: Ranks = ALONE) -> Path:

@@ -59,6 +59,7 @@ from apt.training.progress import Report
 from apt.training.ranks import ALONE, Ranks, join_ranks
 from apt.training.record import RECORD, Metrics, write_record
 from apt.training.saver import Saver
+from apt.training.snapshot import local_code
 from apt.training.start import Start, check_phase, match_names
 from apt.training.step import Step
 from apt.training.watch import stop_signals
@@ -187,6 +188,8 @@ class Trainer:
         for line in self.start.take_up(self.out):
             self._warn(line)
         (self.out / PROFILE).write_text(dump_resolved(self.config, self.resolved), encoding="utf-8")
+        for name, code in local_code(self.resolved).items():
+            (self.out / name).write_bytes(code)
         resumed_at = None if self.start.is_new else self.state.step
         if self.start.is_new or not (self.out / RECORD).is_file():
             write_record(
@@ -377,9 +380,9 @@ class Trainer:
         """What goes on with this run."""
         if self.again is not None:
             return self.again
-        return shlex.join(
-            ["apt-core", "train", "-p", str(self.out / PROFILE), "--resume", "auto", "--out", str(self.out)]
-        )
+        leave = ["--allow-local-code"] if local_code(self.resolved) else []
+        words = ["apt-core", "train", "-p", str(self.out / PROFILE), *leave]
+        return shlex.join([*words, "--resume", "auto", "--out", str(self.out)])
 
     def _stop_soon(self, signal: str) -> None:
         self._stop = True
@@ -392,11 +395,10 @@ class Trainer:
         picture, scored = None, self.between.scored
         if self.ranks.is_main:
             picture = plot_run(self.out) if self.config.monitoring.plot else None
-            results = {
-                "steps": self.state.step,
-                "held-out loss (nats a token)": f"{scored.loss:.4f}",
-                "held-out bits a byte": f"{scored.bits_per_byte:.4f}",
-            }
+            results: dict[str, object] = {"steps": self.state.step}
+            if scored.num_tokens:  # what was stopped may not have come to it
+                results["held-out loss (nats a token)"] = f"{scored.loss:.4f}"
+                results["held-out bits a byte"] = f"{scored.bits_per_byte:.4f}"
             if self.parent is not None:
                 results["branched from"] = f"{self.parent['run']}, {self.parent['checkpoint']}"
             write_card(self.out, self.config, self.resolved, self.parts.corpus, results)
