@@ -92,7 +92,7 @@ def derive_run(
     (out / PROFILE).write_text(dump_resolved(config, resolved), encoding="utf-8")
     parameters = sum(each.numel() for each in run.model.parameters())
     write_record(out, config, resolved, text, parameters, parent=parent)
-    metrics = Metrics(out, None)
+    metrics = Metrics(out, 0)
     metrics.write(
         "evaluation",
         step=run.state.step,

@@ -164,7 +164,7 @@ def test_a_terminal_shows_the_numbers_under_the_bar() -> None:
 
 
 def test_vectors_are_lists_and_what_is_not_finite_is_null(tmp_path: Path) -> None:
-    metrics = Metrics(tmp_path, None)
+    metrics = Metrics(tmp_path, 0)
     metrics.write("evaluation", step=1, load=torch.tensor([0.25, float("nan")]), loss=float("inf"))
     metrics.close()
     assert read_metrics(tmp_path) == [{"event": "evaluation", "step": 1, "load": [0.25, None], "loss": None}]

@@ -159,3 +159,16 @@ def steps_per_epoch(config: APTConfig, batches_per_pass: int) -> int:
     if training.steps_per_epoch is not None:
         return training.steps_per_epoch
     return max(1, batches_per_pass // training.accumulate)
+
+
+def first_batch(config: APTConfig, batches_per_pass: int, steps: int) -> int:
+    """The number of the micro-batch that the step after `steps` others begins with.
+
+    An epoch that is the text's own begins with a pass, so that none is read twice in it; what a pass has beyond whole steps
+    is read in no step of that epoch.
+    """
+    training = config.training
+    if training.steps_per_epoch is not None or batches_per_pass < training.accumulate:
+        return steps * training.accumulate
+    epoch, within = divmod(steps, steps_per_epoch(config, batches_per_pass))
+    return epoch * batches_per_pass + within * training.accumulate

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from apt.core.providers import AttentionProvider, Tokenizer
 from apt.core.resolve import Resolved
 from apt.core.schedules import run_length
 from apt.data.batches import Batches, make_batches
-from apt.data.corpus import require, steps_per_epoch
+from apt.data.corpus import first_batch, require, steps_per_epoch
 from apt.data.pairs import PairBatches
 from apt.data.prepare import Prepared, prepare
 from apt.data.tokens import TokenSplit
@@ -43,6 +44,8 @@ class Assembly:
     validation: TokenSplit
     batches: Batches | PairBatches
     steps_per_epoch: int
+    first_batch: Callable[[int], int]
+    """The number of the micro-batch that comes after so many steps' worth of text."""
     max_steps: int
     max_epochs: int
     model: Decoder
@@ -102,6 +105,7 @@ def assemble(
         validation=validation,
         batches=batches,
         steps_per_epoch=epoch,
+        first_batch=partial(first_batch, config, batches.batches_per_pass),
         max_steps=max_steps,
         max_epochs=max_epochs,
         model=model,

@@ -10,6 +10,7 @@ from pathlib import Path
 from apt.core.config import APTConfig
 from apt.core.hooks import HookRunner
 from apt.core.resolve import Resolved
+from apt.errors import NotFiniteError
 from apt.hookspecs import RunState
 from apt.inference.generate import generate
 from apt.training.assembly import Assembly
@@ -48,10 +49,11 @@ class Between:
 
     def look_after(self, state: RunState, left_out: int) -> None:
         """After the step that led to `state`. `left_out`: steps' worth of text that was read and not trained on."""
-        last = state.step == state.max_steps
+        last, better = state.step == state.max_steps, False
         if last or state.step % (self.config.evaluation.eval_every or self.parts.steps_per_epoch) == 0:
             self.evaluate(state)
-        if last or self._is_time_to_save(state):
+            better = self.saver.is_better(self.scored.loss)
+        if self._is_time_to_save(state) or last or better:
             self.save(state, left_out)
 
     def evaluate(self, state: RunState) -> None:
@@ -69,6 +71,11 @@ class Between:
                 ranks=self.ranks,
             )
             hook.apt_evaluation_end(state=state, model=model, metrics=extra)
+            if not math.isfinite(scored.loss) and self.config.training.on_nonfinite != "skip":
+                raise NotFiniteError(
+                    f"step {state.step}: the held-out loss is {scored.loss}, though training's was finite: the weights of "
+                    "the last steps are broken"
+                )
             self.journal.evaluated(state, scored, seen, extra)
             self.scored, self._scored_at = scored, state.step
             if self.config.evaluation.samples and self.ranks.is_main:
@@ -79,6 +86,9 @@ class Between:
         with self.journal.paused():
             randoms = self.ranks.gather(RandomState.now())
             hooks = self.hooks.save_state(state)
+            is_best = self._scored_at == state.step and self.saver.is_better(self.scored.loss)
+            if is_best:
+                self.saver.best = self.scored.loss
             # Where each rank has all of the model, one of them saves it.
             if self.ranks.is_main or self.parts.is_split:
                 snapshot = take_snapshot(
@@ -90,12 +100,16 @@ class Between:
                     state=state,
                     hooks=hooks,
                     corpus_digest=self.parts.corpus.digest,
-                    progress={**self.told, "left_out": left_out, "best": self.saver.best},
+                    progress={
+                        **self.told,
+                        "left_out": left_out,
+                        "best": self.saver.best,
+                        "metrics": self.journal.metrics.length,
+                    },
                     randoms=randoms,
                     copy=self.saver.copies,
                 )
-                fresh = self._scored_at == state.step
-                self.saver.save(snapshot, self.scored.loss if fresh else None)
+                self.saver.save(snapshot, is_best=is_best)
             self.ranks.wait()
             self.saved_at, self._saved_when = state.step, time.monotonic()
 

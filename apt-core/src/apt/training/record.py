@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import shutil
 import subprocess
@@ -30,21 +31,25 @@ LOCK, ENVIRONMENT, GIVEN = "lock.json", "environment.txt", "profile"
 class Metrics:
     """Appends events to `metrics.jsonl` in `folder` (none: nowhere, for ranks that do not write).
 
-    What an interrupted run wrote beyond its checkpoint is cut off on resume.
+    `kept` bytes of what is there are kept, none where the run is new: what was written beyond its checkpoint goes.
     """
 
-    def __init__(self, folder: Path | None, resumed_at: int | None, loggers: Loggers | None = None) -> None:
-        self._file = None if folder is None else self._open(folder, resumed_at)
+    def __init__(self, folder: Path | None, kept: int, loggers: Loggers | None = None) -> None:
+        self._file: TextIO | None = None
+        if folder is not None:
+            self._file = (folder / METRICS).open("a", buffering=1)
+            self.cut(kept)
         self._loggers = loggers
 
-    def _open(self, folder: Path, resumed_at: int | None) -> TextIO:
-        path = folder / METRICS
-        if resumed_at is not None and path.is_file():
-            kept = [event for event in read_metrics(folder) if int(str(event.get("step", 0))) <= resumed_at]
-            rewritten = path.with_suffix(".part")
-            rewritten.write_text("".join(json.dumps(event) + "\n" for event in kept))
-            rewritten.replace(path)
-        return path.open("a" if resumed_at is not None else "w", buffering=1)
+    @property
+    def length(self) -> int:
+        """Bytes written so far."""
+        return 0 if self._file is None else os.fstat(self._file.fileno()).st_size
+
+    def cut(self, length: int) -> None:
+        """Leave the first `length` bytes."""
+        if self._file is not None and length < self.length:
+            self._file.truncate(length)
 
     def write(self, event: str, **values: object) -> None:
         """One line, which each logger is told too. A number that is not finite becomes null, a tensor a list of its numbers."""

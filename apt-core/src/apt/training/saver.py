@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import threading
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from apt.training.checkpoint import BEST, LATEST, list_checkpoints
 from apt.training.ranks import ALONE, Ranks
-from apt.training.snapshot import Snapshot, point, write_snapshot
+from apt.training.snapshot import WRITTEN, Snapshot, point, write_snapshot
 
 
 class Saver:
@@ -25,16 +26,20 @@ class Saver:
         # What a thread says to other ranks must not come between what training says to them.
         self.ranks = ranks.beside() if asynchronous else ranks
         self.best: float | None = None
+        """The lowest held-out loss of a checkpoint."""
+        self.last: Path | None = None
+        """The checkpoint that was written last."""
         self.copies = asynchronous
         """Whether a snapshot must be a copy, since training goes on while it is written."""
         self._writing: _Writing | None = None
 
-    def save(self, snapshot: Snapshot, loss: float | None = None) -> None:
-        """Write a snapshot, whose held-out loss is `loss`. Raises `CheckpointError`, also for the one before."""
+    def is_better(self, loss: float) -> bool:
+        """Whether a checkpoint of this held-out loss is to be kept as the best."""
+        return self.keep_best and math.isfinite(loss) and (self.best is None or loss < self.best)
+
+    def save(self, snapshot: Snapshot, *, is_best: bool = False) -> None:
+        """Write a snapshot. Raises `CheckpointError`, also for the one before."""
         self.wait()
-        is_best = self.keep_best and loss is not None and (self.best is None or loss < self.best)
-        if is_best:
-            self.best = loss
         if self.copies:
             self._writing = _Writing(lambda: self._write(snapshot, is_best))
             self._writing.start()
@@ -48,7 +53,7 @@ class Saver:
             writing.result()
 
     def _write(self, snapshot: Snapshot, is_best: bool) -> None:
-        folder = write_snapshot(self.run, snapshot, self.ranks)
+        folder = self.last = write_snapshot(self.run, snapshot, self.ranks)
         if not self.ranks.is_main:
             return
         if is_best:
@@ -57,7 +62,7 @@ class Saver:
         ordered = list_checkpoints(self.run)
         done = ordered[: ordered.index(folder) + 1]
         for old in done[: -self.keep_last]:
-            if old.name not in named:
+            if old.name not in named and WRITTEN.fullmatch(old.name):
                 shutil.rmtree(old)
 
 

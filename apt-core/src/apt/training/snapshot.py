@@ -6,8 +6,10 @@ over ranks each writes its part (`apt.training.tensors`).
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +44,9 @@ from apt.training.tensors import (
 )
 
 T = TypeVar("T")
+
+WRITTEN = re.compile(r"step-\d{6,}(\.\d+)?")
+"""What the folders of checkpoints are called."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +127,16 @@ def local_code(resolved: Resolved) -> dict[str, bytes]:
 def write_snapshot(run: Path, snapshot: Snapshot, ranks: Ranks = ALONE) -> Path:
     """Write ``step-NNNNNN`` below `run`, whole or not at all, and point `latest` to it.
 
+    Where there is one already, as in a run that went back, the new one has a name of its own (``step-NNNNNN.2``) until
+    the end, and the old one is removed when `latest` points to the new one.
+
     Where the snapshot has parts, all `ranks` call it, on one file system. Raises `CheckpointError`, on all of them, where the
     disk has no room or refuses; what was saved before is untouched then.
     """
-    folder = run / f"step-{snapshot.step:06d}"
+    name = f"step-{snapshot.step:06d}"
+    taken = [path for path in run.glob(f"{name}*") if WRITTEN.fullmatch(path.name) and path.is_dir()]
+    names = itertools.chain([name], (f"{name}.{number}" for number in itertools.count(2)))
+    folder = next(run / each for each in names if run / each not in taken)
     temporary = run / f".{folder.name}.part"
     needed = snapshot.num_bytes(ranks)
 
@@ -153,16 +164,16 @@ def write_snapshot(run: Path, snapshot: Snapshot, ranks: Ranks = ALONE) -> Path:
             _flush(temporary / MANIFEST)
             for inner in (*(path for path in temporary.rglob("*") if path.is_dir()), temporary):
                 _flush(inner)
-            if folder.exists():
-                shutil.rmtree(folder)
             temporary.rename(folder)
             _flush(run)
             point(run, LATEST, folder)
+            for old in taken:
+                shutil.rmtree(old)
 
     stages = _Stages(folder, temporary, ranks)
     stages.do(write)
-    for name, split in snapshot.parts.items():
-        stages.do(lambda name=name, split=split: write_parts(temporary / name, split, ranks))  # type: ignore[misc]
+    for file, split in snapshot.parts.items():
+        stages.do(lambda file=file, split=split: write_parts(temporary / file, split, ranks))  # type: ignore[misc]
     digests: dict[str, str] = {}
     for found in ranks.gather(stages.do(seal)):
         digests |= found
@@ -204,7 +215,7 @@ def _require_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder.parent).free
     if needed > free:
         raise CheckpointError(
-            f"{folder}: needs {needed / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free; make room and go on; "
+            f"{folder}: needs {needed / 2**20:.2f} MiB, and {free / 2**20:.2f} MiB are free; make room and go on; "
             "what was saved before is untouched"
         )
 

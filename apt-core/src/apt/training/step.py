@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -15,13 +17,16 @@ from apt.core.config import APTConfig
 from apt.core.hooks import HookRunner
 from apt.data.batches import Batches
 from apt.data.pairs import PairBatches
-from apt.errors import NotFiniteError
+from apt.errors import AptError, NotFiniteError
 from apt.hookspecs import Batch, RunState
 from apt.modeling.model import Decoder
 from apt.training.guard import find_source
 from apt.training.parallel import Parallel, alike, clip, gradient_norm
 from apt.training.proof import ProofOfUse
 from apt.training.ranks import Ranks
+
+ANOMALY = re.compile(r"returned nan values")
+"""What PyTorch says where `debug.detect_anomaly` looks and finds."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +73,20 @@ class Step:
         due = self.proof.due(state)
         self.proof.watch(due)
         micro = [self._batch(state, first + index) for index in range(self.config.training.accumulate)]
-        with torch.autograd.set_detect_anomaly(self.config.debug.detect_anomaly):
-            tokens, losses = self._backward(state, micro, eager=bool(due))
+        losses: dict[str, Tensor] = {}
+        try:
+            with torch.autograd.set_detect_anomaly(self.config.debug.detect_anomaly):
+                tokens = self._backward(state, micro, losses, eager=bool(due))
+        except RuntimeError as error:
+            if not ANOMALY.search(str(error)):
+                raise
+            self._stop_at(error, state, first, micro, losses)
         self.parallel.gather(self.groups)
         total_norm = gradient_norm(self.groups)
         norm = total_norm.item()
         sound = math.isfinite(norm) and bool(torch.stack(list(losses.values())).isfinite().all())
         if self.ranks.any(not sound):
-            self.proof.abandon()
-            what = self._explain(state, first, micro, losses)
-            self.optimizer.zero_grad(set_to_none=True)
-            raise NotFiniteError(what)
+            raise NotFiniteError(self._give_up(state, first, micro, losses))
         clip(self.groups, self.config.gradient_clip, total_norm)
         self.proof.check(due, state, losses)
         self.hooks.hook.apt_gradients_ready(state=state, model=self.model)
@@ -98,26 +106,38 @@ class Step:
         self.hooks.hook.apt_batch_prepare(state=state, batch=batch)
         return batch
 
-    def _backward(self, state: RunState, micro: list[Batch], *, eager: bool) -> tuple[int, dict[str, Tensor]]:
-        """The gradient of the mean loss over all tokens of the step, of all ranks; how many tokens, and the losses."""
+    def _backward(self, state: RunState, micro: list[Batch], losses: dict[str, Tensor], *, eager: bool) -> int:
+        """The gradient of the mean loss over all tokens of the step, of all ranks; returns how many, and adds to `losses`."""
         counts = [each.targets.numel() if each.mask is None else int(each.mask.sum()) for each in micro]
         total = max(1, int(self.ranks.sum({"": torch.tensor(sum(counts))})[""]))
         # Proofs watch modules run, which a compiled block does not show.
         stance = torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext()
-        losses: dict[str, Tensor] = {}
         for number, (batch, count) in enumerate(zip(micro, counts, strict=True), 1):
             with stance, self.parallel.micro_batch(last=number == len(micro)):
                 # Gradients are averaged over the ranks.
                 share, told = self.parallel.forward(
                     state, batch, weight=count * self.ranks.size / total, extra_weight=1 / len(micro)
                 )
+                for name, value in told.items():
+                    part = value * (count / total if name == "loss" else 1 / (len(micro) * self.ranks.size))
+                    losses[name] = losses[name] + part if name in losses else part
                 torch.autograd.backward(share)
-            told = {
-                name: value * (count / total if name == "loss" else 1 / (len(micro) * self.ranks.size))
-                for name, value in told.items()
-            }
-            losses = {name: losses[name] + value if name in losses else value for name, value in told.items()}
-        return total, losses
+        return total
+
+    def _give_up(self, state: RunState, first: int, micro: list[Batch], losses: dict[str, Tensor]) -> str:
+        """Leave nothing of the step behind, and say what was not finite."""
+        self.proof.abandon()
+        what = self._explain(state, first, micro, losses)
+        self.optimizer.zero_grad(set_to_none=True)
+        return what
+
+    def _stop_at(
+        self, anomaly: RuntimeError, state: RunState, first: int, micro: list[Batch], losses: dict[str, Tensor]
+    ) -> NoReturn:
+        """What `debug.detect_anomaly` found. Other ranks cannot be asked within a backward pass, so the run ends there."""
+        if self.ranks.size > 1:
+            raise AptError(f"step {state.step}, rank {self.ranks.rank}: not finite: {anomaly}") from anomaly
+        raise NotFiniteError(f"{self._give_up(state, first, micro, losses)}; {anomaly}") from anomaly
 
     def _explain(self, state: RunState, first: int, micro: list[Batch], losses: dict[str, Tensor]) -> str:
         """Which step, which batch, and whose modules; from the rank that saw it first."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,6 +44,7 @@ from apt.training.checkpoint import (
     read_state,
     restore,
     restore_random,
+    verify,
 )
 from apt.training.evaluate import Score, score, untouched
 from apt.training.guard import explain_memory
@@ -65,7 +67,8 @@ from apt.training.step import Step
 from apt.training.watch import stop_signals
 
 MAX_TROUBLES = 10
-"""Steps in a row that may be skipped or gone back from before a run is given up."""
+"""How often steps may be skipped or gone back from, without getting further, before a run is given up."""
+ADVICE = "lower training.learning_rate or training.gradient_clip; the last checkpoint is untouched"
 
 
 @dataclass(frozen=True)
@@ -109,11 +112,17 @@ class Trainer:
         self.resolved = resolve_config(config) if resolved is None else resolved
         self.console = Console() if console is None else console
         self.hooks = HookRunner(self.resolved.plugins)
-        self._stop = self._began = False
+        self._asked = self._stop = self._began = False
+        """Whether this process was asked to stop; whether all ranks do; whether training began."""
         self.left_out = 0
         """Steps' worth of text that its place is ahead of the step: read and left out, since a number was not finite there."""
         self.troubles = 0
-        """Steps in a row whose numbers were not finite."""
+        """How often numbers were not finite since the run last came further than where they were."""
+        self.trouble_at = -1
+        self.told = 0
+        """Bytes of `metrics.jsonl` that the run goes on from."""
+        self.names: dict[str, str] | None = None
+        """What a branch's parent calls its parameters."""
 
     def fit(self) -> RunResult:
         """Train to the end, or until Ctrl-C or SIGTERM, which finish the step and save.
@@ -121,7 +130,7 @@ class Trainer:
         Raises `UserError` and its kin before anything is written where the run cannot be.
         """
         try:
-            with join_ranks(self.config) as ranks:
+            with self._explain_disk(), join_ranks(self.config) as ranks:
                 return self._fit(ranks)
         except AptError as error:
             if self._began and list_checkpoints(self.out):
@@ -131,6 +140,16 @@ class Trainer:
             if self._began:
                 self._warn(f"left at once; what was saved is untouched; go on with: {self._command()}")
             raise
+
+    @contextlib.contextmanager
+    def _explain_disk(self) -> Iterator[None]:
+        """What the disk refuses in mid-run, outside of a checkpoint, is told as what it is."""
+        try:
+            yield
+        except OSError as error:
+            if not self._began or isinstance(error, ConnectionError):
+                raise
+            raise AptError(f"{error.filename or self.out}: {error.strerror or error}") from error
 
     def _fit(self, ranks: Ranks) -> RunResult:
         self.ranks = ranks
@@ -147,7 +166,7 @@ class Trainer:
         try:
             with (
                 Report(self.console, self._name(), self.state.step, self.state.max_steps) as report,
-                stop_signals(self._stop_soon),
+                stop_signals(lambda signal: self._stop_soon(signal, report)),
             ):
                 self._tell_start(report)
                 utilisation = Utilisation(self.config, self.resolved, self.parts.device, ranks.size)
@@ -183,7 +202,7 @@ class Trainer:
     def _open_folder(self) -> Metrics:
         """The run's folder, which says what the run is."""
         if not self.ranks.is_main:
-            return Metrics(None, None)
+            return Metrics(None, 0)
         self.out.mkdir(parents=True, exist_ok=True)
         for line in self.start.take_up(self.out):
             self._warn(line)
@@ -203,7 +222,7 @@ class Trainer:
                 self.given,
             )
         loggers = Loggers(self.resolved.loggers, self.out, to_profile(self.config), resumed_at, self._warn)
-        return Metrics(self.out, resumed_at, loggers)
+        return Metrics(self.out, self.told, loggers)
 
     def _name(self) -> str:
         ranks = f", {self.ranks.size} ranks" if self.ranks.size > 1 else ""
@@ -276,8 +295,8 @@ class Trainer:
                 f"{folder}: step {state.step} is the end of this profile; raise max_epochs or max_steps"
             )
         self.left_out = saved["progress"]["left_out"]
+        self.told = 0 if self.start.is_branch else saved["progress"].get("metrics", sys.maxsize)
         check_phase(folder, state, self.config)
-        names: dict[str, str] | None = None
         if self.start.is_branch:
             assert self.start.before is not None
             self.left_out, moved = find_place(folder, saved, self.start.before, self.config, self.parts)
@@ -285,10 +304,10 @@ class Trainer:
                 self._warn(f"{folder.name}: {moved}")
             for plugin in state.plugins_on:
                 set_active(self.model, plugin, True)
-            names = match_names(folder, self.model)
+            self.names = match_names(folder, self.model)
         else:
             self.saver.best = saved["progress"]["best"]
-        fresh = self._restore(folder, names)
+        fresh = self._restore(folder, self.names)
         if fresh:
             what = f"{len(fresh)} of {len(list(self.model.parameters()))} parameters, such as {fresh[0]}"
             self._warn(f"{folder.name} holds no memory of the optimizer for {what}; it begins anew for them")
@@ -316,51 +335,69 @@ class Trainer:
             self._warn(f"{origin.name} was saved by fewer ranks; rank {self.ranks.rank} draws anew")
         try:
             while self.state.step < self.state.max_steps and not self._stop:
-                within = self.state.step % self.parts.steps_per_epoch
-                self.state = self.phases.enter(self.state, first_of_epoch=within == 0)
                 self._take_step()
-                if within + 1 == self.parts.steps_per_epoch:
-                    self.state = replace(self.state, epoch=self.state.epoch + 1)
-                    hook.apt_epoch_end(state=self.state)
-                self._stop = self.ranks.any(self._stop)
-                self.between.look_after(self.state, self.left_out)
+                # Agreed on here and nowhere else, so that no rank is a step ahead of another.
+                self._stop = self.ranks.any(self._asked)
         finally:
             hook.apt_training_end(state=self.state, model=model)
         if self._stop and self.between.saved_at != self.state.step:
             self.between.save(self.state, self.left_out)
 
     def _take_step(self) -> None:
-        first = (self.state.step + self.left_out) * self.config.training.accumulate
+        """A step, and what follows it; or, where a number was not finite, what the profile says."""
+        within = self.state.step % self.parts.steps_per_epoch
+        self.state = self.phases.enter(self.state, first_of_epoch=within == 0)
         try:
-            done = self.step.take(self.state, first)
+            done = self.step.take(self.state, self.parts.first_batch(self.state.step + self.left_out))
         except NotFiniteError as error:
-            self._not_finite(error)
-            return
-        self.troubles, self.state = 0, done.state
-        self.journal.stepped(done)
+            if not self._is_passed_over(error):
+                self._go_back(error, read=self.state.step + 1)
+                return
+            self.state = replace(self.state, step=self.state.step + 1)
+        else:
+            self.state = done.state
+            self.journal.stepped(done)
+        if self.state.step > self.trouble_at + 1:
+            self.troubles = 0
+        if within + 1 == self.parts.steps_per_epoch:
+            self.state = replace(self.state, epoch=self.state.epoch + 1)
+            self.hooks.hook.apt_epoch_end(state=self.state)
+        try:
+            self.between.look_after(self.state, self.left_out)
+        except NotFiniteError as error:
+            if self.config.training.on_nonfinite != "rewind":
+                raise AptError(f"{error}; {ADVICE}") from error
+            self._is_passed_over(error)
+            self._go_back(error, read=self.state.step)
 
-    def _not_finite(self, error: NotFiniteError) -> None:
-        """Stop, skip the step, or go back, as the profile says."""
-        step, action = self.state.step, self.config.training.on_nonfinite
-        self.troubles += 1
-        advice = "lower training.learning_rate or training.gradient_clip; the last checkpoint is untouched"
+    def _is_passed_over(self, error: NotFiniteError) -> bool:
+        """Whether the step is skipped; else the run goes back. Raises `AptError` where it is to stop."""
+        action = self.config.training.on_nonfinite
+        self.troubles, self.trouble_at = self.troubles + 1, max(self.trouble_at, self.state.step)
         if action == "stop":
-            raise AptError(f"{error}; {advice}") from error
+            raise AptError(f"{error}; {ADVICE}") from error
         if self.troubles > MAX_TROUBLES:
-            raise AptError(f"{error}; this is the {self.troubles}th time in a row; {advice}") from error
-        self.journal.not_finite(self.state, action, str(error))
+            raise AptError(f"{error}; this is the {self.troubles}th time without getting further; {ADVICE}") from error
         if action == "skip":
+            self.journal.not_finite(self.state, action, str(error))
             self.journal.line(f"{error}; the step is skipped")
-            self.state = replace(self.state, step=step + 1)
-            return
+        return action == "skip"
+
+    def _go_back(self, error: NotFiniteError, *, read: int) -> None:
+        """To the checkpoint that this process wrote last, or began with. The text of the `read` steps so far is left out."""
+        at = self.state
         self.saver.wait()
-        self.ranks.wait()
-        whole = list_checkpoints(self.out)
-        if not whole:
-            raise AptError(f"{error}; there is no checkpoint to go back to; {advice}") from error
-        self._restore(whole[-1])
-        restore_random(whole[-1], self.ranks.rank)
-        self.left_out += step + 1 - self.state.step
+        written = self.ranks.gather(self.saver.last)[0]
+        folder = self.start.checkpoint if written is None else written
+        if folder is None:
+            raise AptError(f"{error}; there is no checkpoint to go back to; {ADVICE}") from error
+        verify(folder)
+        self._restore(folder, self.names if written is None else None)
+        restore_random(folder, self.ranks.rank)
+        self.left_out += read - self.state.step
+        if written is not None:
+            self.journal.metrics.cut(read_saved(folder)["progress"]["metrics"])
+        self.journal.not_finite(at, "rewind", str(error))
         self.journal.line(f"{error}; back to step {self.state.step}, what was read since is left out")
 
     # Switches
@@ -384,9 +421,9 @@ class Trainer:
         words = ["apt-core", "train", "-p", str(self.out / PROFILE), *leave]
         return shlex.join([*words, "--resume", "auto", "--out", str(self.out)])
 
-    def _stop_soon(self, signal: str) -> None:
-        self._stop = True
-        self.journal.line(f"{signal}: finishing this step, then saving (again to leave at once)")
+    def _stop_soon(self, signal: str, report: Report) -> None:
+        self._asked = True
+        report.line(f"{signal}: finishing this step, then saving (again to leave at once)")
 
     def _finish(self) -> RunResult:
         interrupted = self._stop and self.state.step < self.state.max_steps

@@ -1,0 +1,215 @@
+"""A run that goes back, or is asked to stop, or is refused by the disk: where it stands afterwards, and what is kept."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import shutil
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from pydantic import PrivateAttr
+from rich.console import Console
+
+from apt.core.discovery import discover
+from apt.core.profile import load_profile
+from apt.core.providers import Plugin
+from apt.core.registry import Registry
+from apt.data.corpus import first_batch
+from apt.errors import AptError, CheckpointError
+from apt.hookspecs import RunState, hookimpl
+from apt.training import between, snapshot
+from apt.training.checkpoint import find_checkpoint, list_checkpoints, read_saved
+from apt.training.evaluate import Score
+from apt.training.record import Metrics, read_metrics
+from apt.training.trainer import RunResult, Trainer
+
+
+class Poison(Plugin):
+    """A loss that is not a number at the step `at`, once."""
+
+    api_level: ClassVar[int] = 1
+
+    at: ClassVar[int] = -1
+    damages: ClassVar[Path | None] = None
+    """A file that loses a bit just before."""
+    _epochs: list[int] = PrivateAttr(default_factory=list)
+    _done: bool = PrivateAttr(default=False)
+
+    @hookimpl
+    def apt_epoch_end(self, state: RunState) -> None:
+        self._epochs.append(state.epoch)
+
+    @hookimpl
+    def apt_loss_extra(self, state: RunState, output: Any) -> dict[str, Any]:
+        poisoned = state.step == self.at and not self._done
+        if poisoned:
+            self._done = True
+            if self.damages is not None:
+                content = bytearray(self.damages.read_bytes())
+                content[-1] ^= 1
+                self.damages.write_bytes(content)
+        return {"poison": output.logits.square().mean() * (float("nan") if poisoned else 0.0)}
+
+
+def train(profile: Path, out: Path, *sets: str, at: int = -1, damages: Path | None = None, **how: Any) -> RunResult:
+    registry = Registry(discover)
+    registry.register("plugin", "poison", type("PoisonHere", (Poison,), {"at": at, "damages": damages, "__doc__": ""}))
+    words = ["plugins=[poison]", "training.on_nonfinite=rewind", "training.keep_last=9", *sets]
+    loaded = load_profile(profile, sets=words, registry=registry)
+    return Trainer(loaded.config, out, resolved=loaded.resolved, console=Console(file=io.StringIO()), **how).fit()
+
+
+def told(out: Path, event: str) -> list[int]:
+    return [int(str(each["step"])) for each in read_metrics(out) if each["event"] == event]
+
+
+def test_going_back_over_the_end_of_an_epoch_counts_no_epoch_and_tells_no_step_twice(
+    profile_file: Path, tmp_path: Path
+) -> None:
+    sets = ["training.save_every=2", "training.max_epochs=3"]
+    result = train(profile_file, tmp_path / "run", *sets, at=3)
+    assert (result.state.step, result.state.epoch) == (12, 3)
+    poison = result.resolved.plugins["poison"]
+    assert isinstance(poison, Poison)
+    assert poison._epochs == [1, 2, 3]
+    assert told(tmp_path / "run", "train") == list(range(1, 13))
+    assert told(tmp_path / "run", "nonfinite") == [3]
+    saved = read_saved(find_checkpoint(tmp_path / "run"))["progress"]
+    assert saved["left_out"] == 2
+
+
+def test_it_goes_back_to_what_it_began_with_not_to_another_course_s_checkpoint(
+    profile_file: Path, tmp_path: Path
+) -> None:
+    out, sets = tmp_path / "run", ["training.save_every=4", "training.max_steps=12", "training.max_epochs=9"]
+    train(profile_file, out, *sets)
+    result = train(profile_file, out, *sets, "training.learning_rate=1e-4", at=6, resume=str(out / "step-000004"))
+    assert result.state.step == 12
+    assert read_saved(find_checkpoint(out))["progress"]["left_out"] == 3
+    rates = {
+        each["learning_rate"] for each in read_metrics(out) if each["event"] == "train" and int(str(each["step"])) > 4
+    }
+    assert max(float(str(rate)) for rate in rates) <= 1e-4
+
+
+def test_a_damaged_checkpoint_is_not_gone_back_to(profile_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(CheckpointError, match=r"step-000004: damaged \(model.safetensors\)"):
+        train(profile_file, out, at=5, damages=out / "step-000004" / "model.safetensors")
+
+
+def test_a_checkpoint_of_a_step_that_has_one_is_whole_before_the_old_one_goes(
+    profile_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    train(profile_file, out)
+    seen: list[list[str]] = []
+    point = snapshot.point
+
+    def pointed(run: Path, pointer: str, folder: Path) -> None:
+        seen.append(sorted(each.name for each in list_checkpoints(run)))
+        point(run, pointer, folder)
+
+    monkeypatch.setattr(snapshot, "point", pointed)
+    train(profile_file, out, resume=str(out / "step-000004"))
+    assert seen == [["step-000004", "step-000008", "step-000008.2"]]
+    assert [each.name for each in list_checkpoints(out)] == ["step-000004", "step-000008.2"]
+    assert find_checkpoint(out).name == "step-000008.2"
+    train(profile_file, out, resume=str(out / "step-000004"))
+    assert find_checkpoint(out).name == "step-000008"
+
+
+def test_the_best_is_known_to_its_own_checkpoint_and_is_kept_over_a_resume(
+    profile_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([3.0, 2.0, 2.5, 2.4, 2.3, 2.2])
+    monkeypatch.setattr(between, "evaluate", lambda *given, **named: (Score(next(scores), 1.0, 1), {}))
+    out = tmp_path / "run"
+    sets = ["training.keep_best=true", "training.keep_last=1", "training.save_every=3", "evaluation.eval_every=2"]
+    train(profile_file, out, *sets)
+    assert (out / "best").read_text().strip() == "step-000004"
+    assert read_saved(out / "step-000004")["progress"]["best"] == 2.0
+    train(profile_file, out, *sets, "training.max_epochs=3", resume="auto")
+    assert [each.name for each in list_checkpoints(out)] == ["step-000004", "step-000012"]
+    assert (out / "best").read_text().strip() == "step-000004"
+
+
+def test_old_checkpoints_go_and_folders_of_others_stay(profile_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(profile_file, out)
+    shutil.copytree(out / "step-000004", out / "mine")
+    train(profile_file, out, "training.keep_last=1", "training.max_epochs=3", resume="auto")
+    assert [each.name for each in list_checkpoints(out)] == ["mine", "step-000012"]
+
+
+@pytest.mark.parametrize("action", ["stop", "skip"])
+def test_anomaly_detection_leaves_the_guard_at_work(profile_file: Path, tmp_path: Path, action: str) -> None:
+    out, sets = tmp_path / "run", [f"training.on_nonfinite={action}", "debug.detect_anomaly=true"]
+    if action == "skip":
+        assert train(profile_file, out, *sets, at=2).state.step == 8
+        assert told(out, "nonfinite") == [2]
+        return
+    with pytest.raises(AptError, match=r"step 2: .*in the added loss 'poison'.*; Function .* returned nan values"):
+        train(profile_file, out, *sets, at=2)
+
+
+@pytest.mark.parametrize(
+    ("action", "ends"), [("stop", "step 8: the held-out loss is nan"), ("skip", ""), ("rewind", "")]
+)
+def test_a_held_out_loss_that_is_not_finite_is_no_end(
+    profile_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: str, ends: str
+) -> None:
+    scores = iter([2.0, float("nan"), 1.5])
+    monkeypatch.setattr(between, "evaluate", lambda *given, **named: (Score(next(scores), 1.0, 1), {}))
+    out, sets = tmp_path / "run", [f"training.on_nonfinite={action}", "training.keep_best=true"]
+    if ends:
+        with pytest.raises(AptError, match=ends):
+            train(profile_file, out, *sets)
+        return
+    train(profile_file, out, *sets)
+    saved = read_saved(find_checkpoint(out))["progress"]
+    assert (saved["best"], saved["left_out"]) == ((2.0, 0) if action == "skip" else (1.5, 4))
+
+
+def test_a_disk_that_refuses_in_mid_run_is_told_with_the_file_and_how_to_go_on(
+    profile_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Metrics.write
+
+    def refuse(self: Metrics, event: str, **values: object) -> None:
+        if values.get("step") == 6:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, event, **values)
+
+    monkeypatch.setattr(Metrics, "write", refuse)
+    with pytest.raises(AptError, match=r"run: No space left on device") as caught:
+        train(profile_file, tmp_path / "run")
+    assert "what was saved is untouched; go on with: " in caught.value.__notes__[0]
+
+
+def test_an_epoch_of_the_text_s_own_begins_with_a_pass(profile_file: Path) -> None:
+    config = load_profile(profile_file, sets=["training.accumulate=2", "training.steps_per_epoch=null"]).config
+    assert [first_batch(config, 5, steps) for steps in range(5)] == [0, 2, 5, 7, 10]
+    assert [first_batch(config, 1, steps) for steps in range(3)] == [0, 2, 4]
+    config = load_profile(profile_file, sets=["training.accumulate=2", "training.steps_per_epoch=3"]).config
+    assert [first_batch(config, 5, steps) for steps in range(4)] == [0, 2, 4, 6]
+
+
+def test_a_stop_is_agreed_on_between_the_steps_alone(profile_file: Path, tmp_path: Path) -> None:
+    """Were it seen by one rank within what follows a step, that rank would save while the others went on."""
+    agreed: list[tuple[int, bool]] = []
+
+    class Asked(Trainer):
+        def _take_step(self) -> None:
+            super()._take_step()
+            if self.state.step == 3:
+                self._stop_soon("SIGTERM", self.journal.report)
+            agreed.append((self.state.step, self._stop))
+
+    loaded = load_profile(profile_file)
+    result = Asked(loaded.config, tmp_path / "run", console=Console(file=io.StringIO())).fit()
+    assert (result.interrupted, result.state.step) == (True, 3)
+    assert agreed == [(1, False), (2, False), (3, False)]
