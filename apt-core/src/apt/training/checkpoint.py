@@ -319,7 +319,8 @@ def _joined(plain: Mapping[str, dict[str, object]], tensors: Mapping[str, Tensor
     for name, tensor in tensors.items():
         if name.startswith("hooks."):
             plugin, _, key = name.removeprefix("hooks.").partition("/")
-            hooks.setdefault(plugin, {})[key] = tensor
+            # In the file tensors stand where they stand; products of what is not aligned differ in the last bit.
+            hooks.setdefault(plugin, {})[key] = tensor.clone()
     return hooks
 
 
