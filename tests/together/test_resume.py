@@ -146,10 +146,10 @@ from apt.training.trainer import Trainer
 
 class Stuck(Trainer):
     def _take_step(self):
-        super()._take_step()
-        if self.state.step == 3:
+        if self.state.step == 2:
             Path(sys.argv[3]).touch()
             time.sleep(60)
+        super()._take_step()
 
 Stuck(load_profile(sys.argv[1]).config, sys.argv[2]).fit()
 """
