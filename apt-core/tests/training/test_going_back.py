@@ -17,10 +17,10 @@ from apt.core.discovery import discover
 from apt.core.profile import load_profile
 from apt.core.providers import Plugin
 from apt.core.registry import Registry
-from apt.data.corpus import first_batch
+from apt.data.corpus import first_batch, steps_before
 from apt.errors import AptError, CheckpointError
 from apt.hookspecs import RunState, hookimpl
-from apt.training import between, snapshot
+from apt.training import between
 from apt.training.checkpoint import find_checkpoint, list_checkpoints, read_saved
 from apt.training.evaluate import Score
 from apt.training.record import Metrics, read_metrics
@@ -101,27 +101,6 @@ def test_a_damaged_checkpoint_is_not_gone_back_to(profile_file: Path, tmp_path: 
         train(profile_file, out, at=5, damages=out / "step-000004" / "model.safetensors")
 
 
-def test_a_checkpoint_of_a_step_that_has_one_is_whole_before_the_old_one_goes(
-    profile_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "run"
-    train(profile_file, out)
-    seen: list[list[str]] = []
-    point = snapshot.point
-
-    def pointed(run: Path, pointer: str, folder: Path) -> None:
-        seen.append(sorted(each.name for each in list_checkpoints(run)))
-        point(run, pointer, folder)
-
-    monkeypatch.setattr(snapshot, "point", pointed)
-    train(profile_file, out, resume=str(out / "step-000004"))
-    assert seen == [["step-000004", "step-000008", "step-000008.2"]]
-    assert [each.name for each in list_checkpoints(out)] == ["step-000004", "step-000008.2"]
-    assert find_checkpoint(out).name == "step-000008.2"
-    train(profile_file, out, resume=str(out / "step-000004"))
-    assert find_checkpoint(out).name == "step-000008"
-
-
 def test_the_best_is_known_to_its_own_checkpoint_and_is_kept_over_a_resume(
     profile_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,8 +173,12 @@ def test_an_epoch_of_the_text_s_own_begins_with_a_pass(profile_file: Path) -> No
     config = load_profile(profile_file, sets=["training.accumulate=2", "training.steps_per_epoch=null"]).config
     assert [first_batch(config, 5, steps) for steps in range(5)] == [0, 2, 5, 7, 10]
     assert [first_batch(config, 1, steps) for steps in range(3)] == [0, 2, 4]
-    config = load_profile(profile_file, sets=["training.accumulate=2", "training.steps_per_epoch=3"]).config
-    assert [first_batch(config, 5, steps) for steps in range(4)] == [0, 2, 4, 6]
+    counted = load_profile(profile_file, sets=["training.accumulate=2", "training.steps_per_epoch=3"]).config
+    assert [first_batch(counted, 5, steps) for steps in range(4)] == [0, 2, 4, 6]
+    for each in (config, counted):
+        starts = [first_batch(each, 5, steps) for steps in range(9)]
+        for index in range(starts[-1] + 1):
+            assert starts[steps_before(each, 5, index)] == min(start for start in starts if start >= index)
 
 
 def test_a_stop_is_agreed_on_between_the_steps_alone(profile_file: Path, tmp_path: Path) -> None:

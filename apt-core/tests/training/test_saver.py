@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from apt.errors import CheckpointError
-from apt.training.checkpoint import list_checkpoints, verify
+from apt.training.checkpoint import find_checkpoint, list_checkpoints, verify
 from apt.training.saver import Saver
-from apt.training.snapshot import Snapshot
+from apt.training.snapshot import Snapshot, point, write_snapshot
 
 
 class Silent:
@@ -52,3 +52,22 @@ def test_what_a_thread_could_not_write_is_told_at_the_next_save(tmp_path: Path) 
     saver.save(snapshot(1))
     with pytest.raises(CheckpointError, match=r"step-000001: cannot be written: Not a directory"):
         saver.save(snapshot(2))
+
+
+def test_a_checkpoint_of_a_step_that_has_one_is_whole_and_pointed_to_before_the_old_one_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_snapshot(tmp_path, snapshot(4))
+    seen: list[list[str]] = []
+
+    def pointed(run: Path, pointer: str, folder: Path) -> None:
+        point(run, pointer, folder)
+        seen.append(sorted(each.name for each in list_checkpoints(run)))
+
+    monkeypatch.setattr("apt.training.snapshot.point", pointed)
+    write_snapshot(tmp_path, snapshot(4))
+    assert seen == [["step-000004", "step-000004.2"]]
+    assert [each.name for each in list_checkpoints(tmp_path)] == ["step-000004.2"]
+    assert find_checkpoint(tmp_path).name == "step-000004.2"
+    write_snapshot(tmp_path, snapshot(4))
+    assert [each.name for each in list_checkpoints(tmp_path)] == ["step-000004"]

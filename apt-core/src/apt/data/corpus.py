@@ -172,3 +172,13 @@ def first_batch(config: APTConfig, batches_per_pass: int, steps: int) -> int:
         return steps * training.accumulate
     epoch, within = divmod(steps, steps_per_epoch(config, batches_per_pass))
     return epoch * batches_per_pass + within * training.accumulate
+
+
+def steps_before(config: APTConfig, batches_per_pass: int, index: int) -> int:
+    """After how many steps a step begins with micro-batch `index`, or with the first one after it that any step begins with."""
+    training = config.training
+    if training.steps_per_epoch is not None or batches_per_pass < training.accumulate:
+        return -(-index // training.accumulate)
+    number, within = divmod(index, batches_per_pass)
+    epoch = steps_per_epoch(config, batches_per_pass)
+    return number * epoch + min(-(-within // training.accumulate), epoch)

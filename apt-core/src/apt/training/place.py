@@ -12,6 +12,7 @@ from typing import Any
 
 from apt.core.config import APTConfig
 from apt.data.batches import Batches, make_batches
+from apt.data.corpus import first_batch, steps_before
 from apt.data.pairs import PairBatches
 from apt.errors import CheckpointError
 from apt.training.assembly import Assembly
@@ -31,19 +32,19 @@ def find_place(
             f"batches, so epochs would be counted anew; set training.steps_per_epoch={steps}, or keep text, max_seq_len, "
             "batch_size and accumulate as they were"
         )
-    batches, accumulate = parts.batches, now.training.accumulate
+    batches = parts.batches
     if not step or saved["corpus"] != parts.corpus.digest:
         return -step, "the other text is read from its beginning" if step else None
     old = make_batches(batches.split, before)
-    index = (step + left_out) * before.training.accumulate
+    index = first_batch(before, old.batches_per_pass, step + left_out)
     if (before.max_seq_len, before.training.seed) != (now.max_seq_len, now.training.seed):
         number = -(-index // old.batches_per_pass)
         place, line = number * batches.batches_per_pass, f"other windows of the text are read: pass {number} begins"
-    elif (before.training.batch_size, before.training.accumulate) != (now.training.batch_size, accumulate):
+    elif (before.training.batch_size, before.training.accumulate) != (now.training.batch_size, now.training.accumulate):
         place, line = translate(index, old, batches), "its batches are others; they go on where the text was left"
     else:
         return left_out, None
-    return -(-place // accumulate) - step, line
+    return steps_before(now, batches.batches_per_pass, place) - step, line
 
 
 def translate(index: int, old: Batches | PairBatches, new: Batches | PairBatches) -> int:
