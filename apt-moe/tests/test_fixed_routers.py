@@ -42,6 +42,32 @@ def test_padding_is_chosen_by_no_expert() -> None:
     _, weights, _ = provider.route(router, torch.randn(2, 10, 8), True, mask)
     assert not weights[~mask].any()
     assert (weights[0] > 0).sum() == 4 * 5
+    assert (weights[1] > 0).sum() == 4 * 1
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_choosing_experts_give_a_sequence_the_same_alone_behind_padding_and_beside_a_longer_one(
+    train: bool, top_k: int
+) -> None:
+    torch.manual_seed(0)
+    router = {"provider": "expert_choice", "top_k": top_k, "allow_noncausal": True, "init_std": 1.0}
+    layer = MoE.model_validate({"experts": 4, "upcycle": False, "router": router}).create_layer(8, 12).train(train)
+    longest = 12
+    for length in range(1, longest):
+        x = torch.randn(1, length, 8)
+        alone = layer(x).output
+        for left in (True, False):
+            mask = torch.arange(longest)[None] < length
+            mask = mask.flip(1) if left else mask
+            padded = torch.randn(1, longest, 8)
+            padded[mask] = x[0]
+            torch.testing.assert_close(layer(padded, mask=mask).output[mask], alone[0])
+            both = torch.cat((padded, torch.randn(1, longest, 8)))
+            mask = torch.cat((mask, torch.ones_like(mask)))
+            output = layer(both, mask=mask).output
+            torch.testing.assert_close(output[0][mask[0]], alone[0])
+            torch.testing.assert_close(output[1], layer(both[1:]).output[0])
 
 
 @pytest.mark.parametrize("backend", ["loop", "bmm", "grouped_mm"])

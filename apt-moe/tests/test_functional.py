@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from apt_moe import functional
@@ -79,12 +79,17 @@ def test_the_entropy_of_a_uniform_router_is_log_experts() -> None:
 
 
 @given(
-    batch=st.integers(1, 40),
-    seq=st.integers(1, 300),
-    experts=st.integers(1, 64),
+    batch=st.integers(1, 512),
+    seq=st.integers(1, 8192),
+    experts=st.integers(1, 256),
     top_k=st.integers(1, 8),
-    factor=st.floats(2**-6, 4, width=32),
+    factor=st.one_of(
+        st.integers(1, 800).map(lambda hundredths: hundredths / 100),
+        st.integers(1, 8_000_000).map(lambda millionths: millionths / 1_000_000),
+    ),
 )
+@example(batch=1, seq=40, experts=4, top_k=2, factor=0.7)  # 0.69999999 in float32
+@example(batch=32, seq=3125, experts=100, top_k=1, factor=0.999999)  # just below a whole number
 def test_the_capacity_on_the_device_is_the_interface_s(
     batch: int, seq: int, experts: int, top_k: int, factor: float
 ) -> None:

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from apt.core.config import APTConfig
+from apt.core.profile import load_profile
 from apt.core.registry import registry
 from apt.errors import UserError
 from apt.modeling.compose import ModelBuilder
@@ -61,6 +62,34 @@ def test_a_model_without_experts_that_are_on_is_refused(model: Decoder) -> None:
     set_active(model, "moe", False)
     with pytest.raises(UserError, match="has no experts that are switched on"):
         inspecting.trace(model, [5, 6], 32)
+
+
+PAIRS = """
+name: pairs
+model:
+  {{architecture: encoder_decoder, num_encoder_layers: 1, num_decoder_layers: 1, d_model: 16, num_heads: 2, d_ff: 24,
+   max_seq_len: 32, attention: {{provider: sdpa}},
+   ffn: {{provider: moe, experts: 4, layers: {layers}, router: {{provider: hash, top_k: 1}}}}}}
+training: {{max_steps: 1, warmup_steps: 0}}
+data: {{source: pairs, path: pairs.jsonl}}
+"""
+
+
+def test_of_an_encoder_decoder_the_encoder_s_experts_are_traced(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text('{"source": "a", "target": "b"}\n')
+
+    def build(layers: str) -> torch.nn.Module:
+        file = tmp_path / "profile.yaml"
+        file.write_text(PAIRS.format(layers=layers))
+        profile = load_profile(file)
+        return ModelBuilder(profile.config, resolved=profile.resolved).build_model()
+
+    tokens = [byte + 3 for byte in TEXT.encode()]
+    (routing,) = inspecting.trace(build("all"), tokens, 32)
+    assert routing.path == "encoder.0.ffn"
+    assert routing.indices.shape == (len(tokens), 1)
+    with pytest.raises(UserError, match="this encoder has no experts that are switched on; those of the decoder"):
+        inspecting.trace(build("[1]"), tokens, 32)
 
 
 def test_the_view_shows_the_text_and_each_expert_s_load(

@@ -18,7 +18,8 @@ class ExpertChoice(TopK):
 
     A token may get no expert, or all. Which ones depends on the tokens that come after it: training sees the future, and
     generation, which cannot, runs another function. So it must be allowed in so many words. Sequences do not see one
-    another. There is no load-balance loss, since the load cannot be otherwise. One expert takes at least one token.
+    another, and T is each one's own length: padding takes no room. There is no load-balance loss, since the load cannot
+    be otherwise. One expert takes at least one token.
 
     Zhou et al. 2022, arXiv:2202.09368, section 3.2.
     """
@@ -60,7 +61,13 @@ class ExpertChoice(TopK):
         wanted = probabilities if mask is None else probabilities.masked_fill(~mask.unsqueeze(-1), -1.0)
         seq, experts = scores.shape[1:]
         room = min(seq, self.get_room(seq, experts, router.top_k))
-        chosen = torch.zeros_like(wanted, dtype=torch.bool).scatter_(1, wanted.topk(room, dim=1).indices, True)
+        best = wanted.topk(room, dim=1).indices  # [batch, room, experts], the best first
+        taken = torch.ones_like(best, dtype=torch.bool)
+        if mask is not None:
+            # The room follows from the sequence's own length, not from that of the longest beside it.
+            own = (mask.sum(1) * router.top_k // experts).clamp(min=1)
+            taken &= (torch.arange(room, device=best.device) < own[:, None]).unsqueeze(-1)
+        chosen = torch.zeros_like(wanted, dtype=torch.bool).scatter_(1, best, taken)
         if mask is not None:
             chosen = chosen & mask.unsqueeze(-1)
         weights = probabilities * chosen

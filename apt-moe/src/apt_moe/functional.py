@@ -63,9 +63,11 @@ def capacity(assignments: int, experts: int, top_k: int, factor: Tensor) -> Tens
     """The rows that one expert takes at most: max(k, floor(N k / E * factor)), a scalar that stays on the device.
 
     It equals `RouterProvider.get_capacity`; `factor` is a tensor so that a schedule can move it without
-    recompilation, and infinity means no limit.
+    recompilation, and infinity means no limit. In float32 it is below or above the number that was written (0.7 is
+    0.69999999), so it is read to six decimals: exact for a number below 16 that has no more of them.
     """
-    limit = (factor.double() * (assignments / experts)).floor()
+    written = (factor.double() * 1e6).round() / 1e6
+    limit = (written * (assignments / experts)).floor()
     return limit.clamp(min=top_k, max=assignments).long()
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from rich.console import Console
@@ -66,11 +67,20 @@ class Routing:
         return [(token, sent[token] / met[token], met[token]) for token in order[:top]]
 
 
+@runtime_checkable
+class Encoding(Protocol):
+    """A model that reads a text by an encoder: an encoder-decoder."""
+
+    def encode(self, source: Tensor) -> object:
+        """Read sources [batch, source]."""
+
+
 @torch.no_grad()
 def trace(model: nn.Module, tokens: Sequence[int], seq_len: int) -> list[Routing]:
     """Read `tokens` in windows of `seq_len` and give what each mixture's router chose, in the model's order.
 
-    Raises `UserError` where no mixture is switched on.
+    An encoder-decoder reads them as sources, so the mixtures are its encoder's. Raises `UserError` where no mixture that
+    reads is switched on.
     """
     mixtures = {
         name: each for name, each in model.named_modules() if isinstance(each, MixtureOfExperts) and each.active
@@ -85,16 +95,21 @@ def trace(model: nn.Module, tokens: Sequence[int], seq_len: int) -> list[Routing
         )
         for name, mixture in mixtures.items()
     ]
+    read = model.encode if isinstance(model, Encoding) else model
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     try:
         for start in range(0, len(tokens), seq_len):
-            model(torch.tensor([list(tokens[start : start + seq_len])], device=device))
+            read(torch.tensor([list(tokens[start : start + seq_len])], device=device))
     finally:
         model.train(was_training)
         for handle in handles:
             handle.remove()
+    if tokens and not any(seen.values()):
+        raise UserError(
+            "this encoder has no experts that are switched on; those of the decoder read targets, not a text"
+        )
     return [
         Routing(
             name,
@@ -103,6 +118,7 @@ def trace(model: nn.Module, tokens: Sequence[int], seq_len: int) -> list[Routing
             torch.cat([weights for _, weights in seen[name]]),
         )
         for name, mixture in mixtures.items()
+        if seen[name]
     ]
 
 
@@ -150,7 +166,8 @@ def inspect_run(
             coloured.append(" ...")
             break
         coloured.append(piece, style=_style(expert))
-    console.print(f"block {chosen}: each token in the colour of the expert that weighs most", highlight=False)
+    where = f"encoder block {chosen}" if isinstance(run.model, Encoding) else f"block {chosen}"
+    console.print(f"{where}: each token in the colour of the expert that weighs most", highlight=False)
     console.print(coloured)
     table = Table("expert", "load", "most typical tokens (share of their occurrences that go there, occurrences)")
     for expert, share in enumerate(routing.load):
