@@ -125,6 +125,10 @@ def test_a_stopped_branch_goes_on_by_the_command_that_it_prints(
         "--out",
         str(out),
     ]
+    assert main([word for word in again if word != "--allow-local-code"]) == 2
+    assert (
+        "cannot be read: No such file or directory; a copy lies here: add --allow-local-code" in capsys.readouterr().err
+    )
     assert main(again) == 0
     assert load_run(out, allow_local_code=True).state.step == 12
     assert "held-out loss (nats a token)" in (out / "README.md").read_text()

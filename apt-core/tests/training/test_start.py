@@ -14,7 +14,7 @@ from apt.cli import main
 from apt.core.profile import load_profile
 from apt.errors import CheckpointError, UserError
 from apt.training import trainer
-from apt.training.checkpoint import load_run, verify
+from apt.training.checkpoint import digest_of, load_run, verify
 from apt.training.record import read_metrics
 from apt.training.trainer import RunResult, Trainer
 
@@ -197,3 +197,17 @@ def test_experts_are_not_shared_out_within_one_process(
     ):
         train(profile_file, tmp_path / "run", *sets)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_best_of_a_course_that_was_left_is_not_held_against_the_next(run: Path, profile_file: Path) -> None:
+    state = run / "step-000004" / "state.json"
+    saved = json.loads(state.read_text())
+    saved["progress"]["best"] = 0.0
+    state.write_text(json.dumps(saved))
+    manifest = run / "step-000004" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "state.json": digest_of(state)}))
+    (run / "best").write_text("step-000006\n")
+    sets = ("training.keep_best=true", "training.learning_rate=1e-4")
+    train(profile_file, run, *sets, resume=str(run / "step-000004"))
+    assert (run / "best").read_text() == "step-000008\n"
+    assert (run / "set-aside" / "best").read_text() == "step-000006\n"

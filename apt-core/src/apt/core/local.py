@@ -79,7 +79,9 @@ def read_local(kind: str, name: str, leave: LocalCode | None) -> tuple[ProviderR
     try:
         code = path.read_bytes()
     except OSError as error:
-        raise ProviderNotFoundError(kind, name, f"{name}: {path} cannot be read: {error.strerror}") from error
+        has_copy = not leave.anywhere and (folder / kept_name(name)).is_file()
+        why = f"{error.strerror}{'; a copy lies here: add --allow-local-code' if has_copy else ''}"
+        raise ProviderNotFoundError(kind, name, f"{name}: {path} cannot be read: {why}") from error
     digest = hashlib.sha256(code).hexdigest()
     record = ProviderRecord(
         kind, name, FILE, f"sha256:{digest[:12]}", match["attribute"], path=str(path), sha256=digest

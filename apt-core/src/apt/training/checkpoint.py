@@ -121,7 +121,7 @@ def _follow(pointer: Path) -> Path:
 def list_checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run that can be read, by the step that each of them says it holds."""
     steps = {each: step for each in _list_folders(run) if (step := read_step(each)) is not None}
-    return sorted(steps, key=lambda folder: steps[folder])
+    return sorted(steps, key=lambda folder: (steps[folder], folder.name))
 
 
 def list_damaged(run: Path) -> list[Path]:
@@ -151,7 +151,7 @@ def read_step(folder: Path) -> int | None:
 
 
 def _named_step(folder: Path) -> int | None:
-    named = folder.name.removeprefix("step-")
+    named = folder.name.removeprefix("step-").partition(".")[0]
     return int(named) if named.isdecimal() else None
 
 

@@ -109,6 +109,16 @@ class Start:
         return cls(folder, branch is not None, is_moved, tuple(changes), saved)
 
     @property
+    def has_best(self) -> bool:
+        """Whether the best checkpoint so far, of the course that a run goes on with, is still in its folder."""
+        if self.checkpoint is None or self.is_branch or self.is_moved:
+            return False
+        run, best = self.checkpoint.resolve().parent, None
+        if (run / BEST).is_file():
+            best = read_step(run / (run / BEST).read_text().strip())
+        return best is not None and best <= step_of(self.checkpoint)
+
+    @property
     def is_new(self) -> bool:
         """Whether this is the beginning of a run, on a trunk or without."""
         return self.checkpoint is None or self.is_branch

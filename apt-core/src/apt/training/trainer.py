@@ -158,7 +158,7 @@ class Trainer:
             self.console = Console(quiet=True)
         ranks.check_equal("the providers (their lock)", make_lock(self.resolved).digest)
         self.start = Start.find(self.config, self.out, self.resume, self.branch)
-        self.parent = self.start.parent
+        self.parent, self.has_best = self.start.parent, self.start.has_best
         ranks.wait()
         with explain_memory():
             self._prepare()
@@ -305,7 +305,7 @@ class Trainer:
             for plugin in state.plugins_on:
                 set_active(self.model, plugin, True)
             self.names = match_names(folder, self.model)
-        else:
+        elif self.has_best:
             self.saver.best = saved["progress"]["best"]
         fresh = self._restore(folder, self.names)
         if fresh:
