@@ -156,7 +156,9 @@ def test_too_little_room_is_told_before_anything_is_written(
     config: APTConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(snapshot.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    with pytest.raises(CheckpointError, match=r"step-000003: needs \d MiB, and 0 MiB are free; make room and go on"):
+    with pytest.raises(
+        CheckpointError, match=r"step-000003: needs \d\.\d\d MiB, and 0\.00 MiB are free; make room and go on"
+    ):
         train(config, tmp_path / "run")
     assert list_checkpoints(tmp_path / "run") == []
 

@@ -220,6 +220,25 @@ def test_all_ranks_stop_at_the_same_step_and_save(profile: Path, tmp_path: Path,
 
 
 @thorough
+def test_a_stop_that_comes_while_one_rank_alone_is_writing_a_sample_is_agreed_on(profile: Path, tmp_path: Path) -> None:
+    out, samples = (
+        tmp_path / "run",
+        ["evaluation.samples=true", "evaluation.sample_tokens=1500", "evaluation.eval_every=20"],
+    )
+    process = start(profile, out, *DDP, *(word for each in samples for word in ("--set", each)))
+    deadline = time.monotonic() + 300
+    scored = len([event for event in read_metrics(out) if event["event"] == "evaluation"])
+    while len([event for event in read_metrics(out) if event["event"] == "evaluation"]) == scored:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=300)[0]
+    run = load_run(out)
+    assert f"stopped at step {run.state.step}; saved in" in said
+    assert run.state.step % 20 == 0
+
+
+@thorough
 def test_a_start_that_does_not_go_with_the_profile_is_refused(profile: Path, tmp_path: Path) -> None:
     for words, message in (
         (
