@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -107,6 +110,42 @@ def test_an_int8_layer_is_compiled_whole_for_few_tokens_and_for_many_and_lets_go
     torch.compiler.reset()
     gc.collect()
     assert number not in int8._packed
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copy_of_an_int8_layer_and_a_pickled_one_outlive_it(way: Callable[[nn.Module], nn.Module]) -> None:
+    layer, x = Int8Linear(nn.Linear(64, 48)), torch.randn(FEW + 1, 64)
+    right, few, weight, number = layer(x), layer(x[:3]), layer.weight, int(layer._number)
+    other = way(layer)
+    assert torch.equal(layer(x), right)
+    del layer
+    gc.collect()
+    assert number not in int8._packed
+    for each in (other, way(other)):
+        assert torch.equal(each(x), right)
+        assert torch.equal(each(x[:3]), few)
+        assert torch.equal(each.weight, weight)
+    own = int(other._number)
+    del other, each
+    gc.collect()
+    assert own not in int8._packed
+
+
+def test_a_copy_of_an_int8_model_outlives_it_and_is_compiled_like_it(model: Decoder) -> None:
+    prepare(model, quantize="int8")
+    right = generate(model, TOKENIZER, "x", max_new_tokens=4, temperature=0).tokens
+    others = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for block in model.blocks:
+        block.ffn = block.attention = nn.Identity()
+    gc.collect()
+    for other in others:
+        layers = [each for each in other.modules() if isinstance(each, Int8Linear)]
+        assert len({int(each._number) for each in layers}) == len(layers)
+        assert generate(other, TOKENIZER, "x", max_new_tokens=4, temperature=0).tokens == right
+    compiled = torch.compile(copy.deepcopy(layers[0]), fullgraph=True, backend="aot_eager")
+    x = torch.randn(1, layers[0].in_features)
+    assert torch.equal(compiled(x), layers[0](x))
 
 
 def test_what_cannot_be_compiled_is_refused(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,20 +73,37 @@ class Int8Linear(nn.Module):
         scales = (weight.abs().amax(1) / 127).clamp_min(SMALLEST)
         rounded = (weight / scales[:, None]).round().to(torch.int8)
         # Two columns of zeros meet the two ends of the range.
-        rounded = nn.functional.pad(rounded, (0, 2))
+        self._pack(nn.functional.pad(rounded, (0, 2)), scales.double())
+        self._ends = torch.tensor([LOWEST, HIGHEST])
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().float(), requires_grad=False)
+
+    def _pack(self, rounded: Tensor, scales: Tensor) -> None:
+        """Hold weights [out, width + 2] in int8, and a scale for each row, under a number of this layer's own."""
         zeros = torch.zeros(len(scales), dtype=torch.int64)
         with warnings.catch_warnings():
             # PyTorch means to remove tensors of quantised types; for a single token nothing else that it offers comes near.
             warnings.filterwarnings("ignore", message="torch.quantize_per_tensor", category=UserWarning)
-            quantized = torch._make_per_channel_quantized_tensor(rounded, scales.double(), zeros, 0)
+            quantized = torch._make_per_channel_quantized_tensor(rounded, scales, zeros, 0)
             packed = torch.ops.quantized.linear_prepack(quantized, None)
         number = next(_numbers)
         _packed[number] = packed
         weakref.finalize(self, _packed.pop, number)
         # A tensor, so that one compiled block serves all blocks.
         self._number = torch.tensor(number)
-        self._ends = torch.tensor([LOWEST, HIGHEST])
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().float(), requires_grad=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which outlive this layer: the weights themselves in place of their number."""
+        quantized, _ = torch.ops.quantized.linear_unpack(_packed[int(self._number)])
+        # Python's own method, where torch has none, gives the layer's dictionary itself.
+        state: dict[str, Any] = {**super().__getstate__()}  # type: ignore[no-untyped-call]
+        del state["_number"]
+        return {**state, "_weights": (quantized.int_repr(), quantized.q_per_channel_scales())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the weights under a new number."""
+        rounded, scales = state.pop("_weights")
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._pack(rounded, scales)
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch out"]:
         """The product, in float32."""
