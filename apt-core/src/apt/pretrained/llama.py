@@ -285,11 +285,12 @@ def _window(config: Mapping[str, object], sizes: Mapping[str, int]) -> int | Non
     """The window that every layer has; None where none has one below the context.
 
     As in transformers, and with its values for keys that are missing: `layer_types` names each layer's attention; without it
-    all layers of a mistral have the window, and those of a qwen2 from `max_window_layers` on, if `use_sliding_window`.
+    all layers of a mistral have the window, and those of a qwen2 from `max_window_layers` on, if `use_sliding_window`. A llama
+    reads none of these keys.
     Raises `ValueError` where only some layers have it.
     """
     num_layers, qwen = sizes["num_layers"], config["model_type"] == "qwen2"
-    window = config.get("sliding_window", None if config["model_type"] == "llama" else 4096)
+    window = None if config["model_type"] == "llama" else config.get("sliding_window", 4096)
     if not config.get("use_sliding_window", not qwen) or not isinstance(window, int) or window >= sizes["max_seq_len"]:
         return None
     kinds, first = config.get("layer_types"), config.get("max_window_layers", 28) if qwen else 0
