@@ -95,6 +95,7 @@ def test_a_profile_with_every_option_at_another_value_runs(
     assert [event["step"] for event in events if event["event"] == "train"] == [1, 2, 4, 6, 8, 10, 11]
     assert [event["step"] for event in events if event["event"] == "evaluation"] == [2, 4, 6, 8, 10, 11]
     assert [event["plugin"] for event in events if event["event"] == "switch"] == ["moe", "align"]
-    assert {folder.name for folder in list_checkpoints(out)} >= {"step-000006", "step-000009", "step-000011"}
+    # Every third step is saved, and every second where its score is the best so far; the last ones of both are kept.
+    assert {folder.name for folder in list_checkpoints(out)} >= {"step-000009", "step-000011"}
     assert [event["step"] for event in events if event["event"] == "sample"] == [2, 4, 6, 8, 10, 11]
     assert load_run(out).state.step == 11
