@@ -76,8 +76,10 @@ def test_a_vote_changes_what_is_written_where_the_model_is_unsure(run: Path) -> 
     plain = generate(loaded.model, loaded.tokenizer, "def ", max_new_tokens=20).text
     greedy = generate(loaded.model, loaded.tokenizer, "def ", max_new_tokens=20, temperature=0).text
     assert written(k=3, threshold=99.0) == plain
-    assert written(k=20000, threshold=0.0) == greedy
     assert written(k=1, threshold=0.0) not in (plain, greedy)
+    # Many votes name the likeliest token where it is the likeliest by enough.
+    loaded.model.norm.weight.data.mul_(8)
+    assert written(k=2000, threshold=0.0) == greedy
 
 
 def test_the_command_line_generates_from_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
