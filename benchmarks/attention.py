@@ -260,18 +260,18 @@ def draw(size: Size, out: Path, picture: Path) -> None:
             ]
             cells += [_spread(losses), "" if arm == REFERENCE else _spread(against, sign="+")]
         print("| " + " | ".join(cells) + " |")
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 4.6), layout="constrained")
     colours = dict(zip(ARMS, pyplot.get_cmap("tab20")(range(20)), strict=False))
     marks = {"tva": "o", "narrow": "x", "multi-head": "s", "autopoietic": "^"}
     for axis, equal in zip(axes, ("tokens", "time"), strict=True):
-        for arm in ARMS:
+        for number, arm in enumerate(ARMS):
             runs = [line for line in results if (line["arm"], line["equal"]) == (arm, equal)]
             if not runs:
                 continue
             losses = [line["curve"][-1][1] for line in runs]
             mean = statistics.mean(losses)
             axis.errorbar(
-                costs[arm]["cache"],
+                costs[arm]["cache"] * 2 ** ((number - len(ARMS) / 2) / 50),  # beside one another where caches are equal
                 mean,
                 [[mean - min(losses)], [max(losses) - mean]],
                 fmt=marks.get(arm.split(" ")[0], "D"),
@@ -284,7 +284,7 @@ def draw(size: Size, out: Path, picture: Path) -> None:
         axis.set_title(f"equal {equal}")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("held-out loss, nats a byte")
-    axes[1].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(picture, dpi=120)
     print(f"\n{picture}")
 
