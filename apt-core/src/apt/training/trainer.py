@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from apt.core.config import APTConfig
 from apt.core.hooks import HookRunner
-from apt.core.lock import Lock, check_lock, make_lock
+from apt.core.lock import make_lock
 from apt.core.profile import dump_resolved, to_profile
 from apt.core.providers import Tokenizer
 from apt.core.resolve import Resolved, resolve_config
@@ -35,13 +34,11 @@ from apt.training.between import Between
 from apt.training.calibration import settle
 from apt.training.card import write_card
 from apt.training.checkpoint import (
-    IMPORTED,
     PROFILE,
     find_checkpoint,
     list_checkpoints,
     load_weights,
     read_saved,
-    read_state,
     restore,
     restore_random,
     verify,
@@ -55,15 +52,15 @@ from apt.training.optim import MuonWithAdamW
 from apt.training.parallel import Parallel
 from apt.training.peak import Utilisation
 from apt.training.phases import Phases
-from apt.training.place import find_place
 from apt.training.plot import plot_run
 from apt.training.progress import Report
 from apt.training.ranks import ALONE, Ranks, join_ranks
 from apt.training.record import RECORD, Metrics, write_record
 from apt.training.saver import Saver
 from apt.training.snapshot import local_code
-from apt.training.start import Start, check_phase, match_names
+from apt.training.start import Start
 from apt.training.step import Step
+from apt.training.takeover import Taken, take_over
 from apt.training.watch import stop_signals
 
 MAX_TROUBLES = 10
@@ -114,15 +111,9 @@ class Trainer:
         self.hooks = HookRunner(self.resolved.plugins)
         self._asked = self._stop = self._began = False
         """Whether this process was asked to stop; whether all ranks do; whether training began."""
-        self.left_out = 0
-        """Steps' worth of text that its place is ahead of the step: read and left out, since a number was not finite there."""
         self.troubles = 0
         """How often numbers were not finite since the run last came further than where they were."""
         self.trouble_at = -1
-        self.told = 0
-        """Bytes of `metrics.jsonl` that the run goes on from."""
-        self.names: dict[str, str] | None = None
-        """What a branch's parent calls its parameters."""
 
     def fit(self) -> RunResult:
         """Train to the end, or until Ctrl-C or SIGTERM, which finish the step and save.
@@ -158,7 +149,7 @@ class Trainer:
             self.console = Console(quiet=True)
         ranks.check_equal("the providers (their lock)", make_lock(self.resolved).digest)
         self.start = Start.find(self.config, self.out, self.resume, self.branch)
-        self.parent, self.has_best = self.start.parent, self.start.has_best
+        self.parent = self.start.parent
         ranks.wait()
         with explain_memory():
             self._prepare()
@@ -222,7 +213,7 @@ class Trainer:
                 self.given,
             )
         loggers = Loggers(self.resolved.loggers, self.out, to_profile(self.config), resumed_at, self._warn)
-        return Metrics(self.out, self.told, loggers)
+        return Metrics(self.out, self.taken.told, loggers)
 
     def _name(self) -> str:
         ranks = f", {self.ranks.size} ranks" if self.ranks.size > 1 else ""
@@ -255,12 +246,10 @@ class Trainer:
         unreached = self.phases.schedule.list_unreached(parts.max_steps, parts.steps_per_epoch, parts.max_epochs)
         for line in (*unreached, *list_unfinished(config, parts.max_steps)):
             self._warn(line)
-        kept = None
-        if self.start.checkpoint is not None:
-            self._go_on(self.start.checkpoint)
-            kept = read_saved(self.start.checkpoint)["progress"].get("calibration")
+        self.taken = Taken() if self.start.checkpoint is None else self._go_on(self.start.checkpoint)
+        self.left_out, self.saver.best = self.taken.left_out, self.taken.best
         tokens = ranks.share(parts.batches.get(0).tokens).to(parts.device)
-        self.calibration = settle(parts.model, tokens, config, kept, ranks, self.console)
+        self.calibration = settle(parts.model, tokens, config, self.taken.calibration, ranks, self.console)
         if config.training.compile:
             for block in parts.model.all_blocks():
                 block.compile(fullgraph=False)
@@ -277,40 +266,16 @@ class Trainer:
             device=parts.device,
         )
 
-    def _go_on(self, folder: Path) -> None:
-        """Take over a checkpoint, this run's or its parent's, and say what is different since."""
-        for line in self.start.changes:
-            self._warn(f"the profile has changed since {folder.name}: {line}")
-        saved = read_saved(folder)
-        if saved["corpus"] not in (IMPORTED, self.parts.corpus.digest):
-            what = f"{folder}: was trained on another text than data.source gives now"
-            if not self.start.is_branch:
-                raise CheckpointError(what)
-            self._warn(f"{what}; what is held out now may have been learnt then")
-        for fault in check_lock(Lock.from_dict(saved["lock"]), make_lock(self.resolved), strict=self.strict_lock):
-            self._warn(f"{folder.name}: {fault}")
-        state = read_state(saved)
-        if state.step >= self.state.max_steps:
-            raise CheckpointError(
-                f"{folder}: step {state.step} is the end of this profile; raise max_epochs or max_steps"
-            )
-        self.left_out = saved["progress"]["left_out"]
-        self.told = 0 if self.start.is_branch else saved["progress"].get("metrics", sys.maxsize)
-        check_phase(folder, state, self.config)
-        if self.start.is_branch:
-            assert self.start.before is not None
-            self.left_out, moved = find_place(folder, saved, self.start.before, self.config, self.parts)
-            if moved is not None:
-                self._warn(f"{folder.name}: {moved}")
-            for plugin in state.plugins_on:
-                set_active(self.model, plugin, True)
-            self.names = match_names(folder, self.model)
-        elif self.has_best:
-            self.saver.best = saved["progress"]["best"]
-        fresh = self._restore(folder, self.names)
+    def _go_on(self, folder: Path) -> Taken:
+        """Take over a checkpoint, this run's or its parent's."""
+        taken = take_over(
+            *(folder, self.start, self.config, self.resolved, self.parts), strict_lock=self.strict_lock, warn=self._warn
+        )
+        fresh = self._restore(folder, taken.names)
         if fresh:
             what = f"{len(fresh)} of {len(list(self.model.parameters()))} parameters, such as {fresh[0]}"
             self._warn(f"{folder.name} holds no memory of the optimizer for {what}; it begins anew for them")
+        return taken
 
     def _restore(self, folder: Path, names: dict[str, str] | None = None) -> list[str]:
         state, hooks, fresh = restore(folder, self.model, self.parts.optimizer, names)
@@ -392,7 +357,7 @@ class Trainer:
         if folder is None:
             raise AptError(f"{error}; there is no checkpoint to go back to; {ADVICE}") from error
         verify(folder)
-        self._restore(folder, self.names if written is None else None)
+        self._restore(folder, self.taken.names if written is None else None)
         restore_random(folder, self.ranks.rank)
         self.left_out += read - self.state.step
         if written is not None:
