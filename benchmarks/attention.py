@@ -243,7 +243,7 @@ def draw(size: Size, out: Path, picture: Path) -> None:
         "| attention | parameters | cache, bytes a token | kept for backward, kB a token | tokens/s | rate | loss, equal tokens",
         end="",
     )
-    print(" | to multi-head | steps in equal time | loss, equal time | to multi-head |\n|" + " --- |" * 10)
+    print(" | to multi-head | steps in equal time | loss, equal time | to multi-head |\n|" + " --- |" * 11)
     for arm in ARMS:
         each = costs[arm]
         cells = [arm, f"{each['parameters']:,.0f}", f"{each['cache']:,.0f}", f"{each['kept'] / 1000:.1f}"]

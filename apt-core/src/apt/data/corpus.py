@@ -167,18 +167,23 @@ def first_batch(config: APTConfig, batches_per_pass: int, steps: int) -> int:
     An epoch that is the text's own begins with a pass, so that none is read twice in it; what a pass has beyond whole steps
     is read in no step of that epoch.
     """
-    training = config.training
-    if training.steps_per_epoch is not None or batches_per_pass < training.accumulate:
-        return steps * training.accumulate
+    accumulate = config.training.accumulate
+    if not _begins_with_passes(config, batches_per_pass):
+        return steps * accumulate
     epoch, within = divmod(steps, steps_per_epoch(config, batches_per_pass))
-    return epoch * batches_per_pass + within * training.accumulate
+    return epoch * batches_per_pass + within * accumulate
 
 
 def steps_before(config: APTConfig, batches_per_pass: int, index: int) -> int:
     """After how many steps a step begins with micro-batch `index`, or with the first one after it that any step begins with."""
-    training = config.training
-    if training.steps_per_epoch is not None or batches_per_pass < training.accumulate:
-        return -(-index // training.accumulate)
+    accumulate = config.training.accumulate
+    if not _begins_with_passes(config, batches_per_pass):
+        return -(-index // accumulate)
     number, within = divmod(index, batches_per_pass)
     epoch = steps_per_epoch(config, batches_per_pass)
-    return number * epoch + min(-(-within // training.accumulate), epoch)
+    return number * epoch + min(-(-within // accumulate), epoch)
+
+
+def _begins_with_passes(config: APTConfig, batches_per_pass: int) -> bool:
+    """Whether epochs are the text's own, and each begins with a pass."""
+    return config.training.steps_per_epoch is None and batches_per_pass >= config.training.accumulate

@@ -286,8 +286,7 @@ def _window(config: Mapping[str, object], sizes: Mapping[str, int]) -> int | Non
 
     As in transformers, and with its values for keys that are missing: `layer_types` names each layer's attention; without it
     all layers of a mistral have the window, and those of a qwen2 from `max_window_layers` on, if `use_sliding_window`. A llama
-    reads none of these keys.
-    Raises `ValueError` where only some layers have it.
+    reads none of these keys. Raises `ValueError` where only some layers have it.
     """
     num_layers, qwen = sizes["num_layers"], config["model_type"] == "qwen2"
     window = None if config["model_type"] == "llama" else config.get("sliding_window", 4096)

@@ -78,9 +78,7 @@ def find_checkpoint(path: Path) -> Path:
     if not path.is_dir():
         raise CheckpointError(f"{path}: there is no such folder")
     if is_checkpoint(path):
-        if not (path / MANIFEST).is_file():
-            raise _damaged(path, [f"{MANIFEST} is missing"])
-        return path
+        return _with_manifest(path)
     pointer = path / LATEST
     if pointer.is_file():
         return _follow(pointer)
@@ -97,6 +95,13 @@ def is_checkpoint(path: Path) -> bool:
     return (path / MANIFEST).is_file() or (path / STATE).is_file()
 
 
+def _with_manifest(folder: Path) -> Path:
+    """The folder. Raises `CheckpointError` where its manifest is missing."""
+    if not (folder / MANIFEST).is_file():
+        raise _damaged(folder, [f"{MANIFEST} is missing"])
+    return folder
+
+
 def _follow(pointer: Path) -> Path:
     """The checkpoint that a pointer of a run names. Raises `CheckpointError` where there is none."""
     try:
@@ -105,9 +110,7 @@ def _follow(pointer: Path) -> Path:
         name = ""
     folder = pointer.parent / name
     if name and Path(name).name == name and folder.is_dir():
-        if not (folder / MANIFEST).is_file():
-            raise _damaged(folder, [f"{MANIFEST} is missing"])
-        return folder
+        return _with_manifest(folder)
     whole = list_checkpoints(pointer.parent)
     what = f"names {name!r}, which is not there" if name else "damaged: it names no checkpoint"
     hint = (

@@ -111,12 +111,17 @@ class Start:
     @property
     def has_best(self) -> bool:
         """Whether the best checkpoint so far, of the course that a run goes on with, is still in its folder."""
-        if self.checkpoint is None or self.is_branch or self.is_moved:
+        if self._own is None:
             return False
-        run, best = self.checkpoint.resolve().parent, None
+        run, best = self._own.resolve().parent, None
         if (run / BEST).is_file():
             best = read_step(run / (run / BEST).read_text().strip())
-        return best is not None and best <= step_of(self.checkpoint)
+        return best is not None and best <= step_of(self._own)
+
+    @property
+    def _own(self) -> Path | None:
+        """The checkpoint of a run that goes on in its own folder."""
+        return None if self.is_branch or self.is_moved else self.checkpoint
 
     @property
     def is_new(self) -> bool:
@@ -129,7 +134,7 @@ class Start:
         if self.checkpoint is None:
             return None
         saved = read_saved(self.checkpoint)
-        if not (self.is_branch or self.is_moved):
+        if self._own is not None:
             parent: dict[str, object] | None = saved["progress"].get("parent")
             return parent
         return Parent.of(self.checkpoint, int(saved["step"]), self.changes).to_dict()
@@ -140,9 +145,9 @@ class Start:
         A run has one past: without this, `--resume auto` and going back after a number that is not finite would take up the
         checkpoints of a course that was left.
         """
-        if self.checkpoint is None or self.is_branch or self.is_moved:
+        if self._own is None:
             return []
-        folder = self.checkpoint.resolve()
+        folder = self._own.resolve()
         point(out, LATEST, folder)
         step = int(read_saved(folder)["step"])
         later = [each for each in (*list_checkpoints(out), *list_damaged(out)) if step_of(each) > step]

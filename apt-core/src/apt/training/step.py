@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NoReturn
@@ -25,7 +24,7 @@ from apt.training.parallel import Parallel, alike, clip, gradient_norm
 from apt.training.proof import ProofOfUse
 from apt.training.ranks import Ranks
 
-ANOMALY = re.compile(r"returned nan values")
+ANOMALY = "returned nan values"
 """What PyTorch says where `debug.detect_anomaly` looks and finds."""
 
 
@@ -78,7 +77,7 @@ class Step:
             with torch.autograd.set_detect_anomaly(self.config.debug.detect_anomaly):
                 tokens = self._backward(state, micro, losses, eager=bool(due))
         except RuntimeError as error:
-            if not ANOMALY.search(str(error)):
+            if ANOMALY not in str(error):
                 raise
             self._stop_at(error, state, first, micro, losses)
         self.parallel.gather(self.groups)

@@ -315,8 +315,7 @@ class Trainer:
         try:
             done = self.step.take(self.state, self.parts.first_batch(self.state.step + self.left_out))
         except NotFiniteError as error:
-            if not self._is_passed_over(error):
-                self._go_back(error, read=self.state.step + 1)
+            if not self._is_skipped(error, read=self.state.step + 1):
                 return
             self.state = replace(self.state, step=self.state.step + 1)
         else:
@@ -330,13 +329,10 @@ class Trainer:
         try:
             self.between.look_after(self.state, self.left_out)
         except NotFiniteError as error:
-            if self.config.training.on_nonfinite != "rewind":
-                raise AptError(f"{error}; {ADVICE}") from error
-            self._is_passed_over(error)
-            self._go_back(error, read=self.state.step)
+            self._is_skipped(error, read=self.state.step)  # it goes back or stops: skipping lets a held-out loss pass
 
-    def _is_passed_over(self, error: NotFiniteError) -> bool:
-        """Whether the step is skipped; else the run goes back. Raises `AptError` where it is to stop."""
+    def _is_skipped(self, error: NotFiniteError, *, read: int) -> bool:
+        """Whether the step is skipped; else the run has gone back. Raises `AptError` where it is to stop."""
         action = self.config.training.on_nonfinite
         self.troubles, self.trouble_at = self.troubles + 1, max(self.trouble_at, self.state.step)
         if action == "stop":
@@ -346,7 +342,9 @@ class Trainer:
         if action == "skip":
             self.journal.not_finite(self.state, action, str(error))
             self.journal.line(f"{error}; the step is skipped")
-        return action == "skip"
+            return True
+        self._go_back(error, read=read)
+        return False
 
     def _go_back(self, error: NotFiniteError, *, read: int) -> None:
         """To the checkpoint that this process wrote last, or began with. The text of the `read` steps so far is left out."""
