@@ -199,6 +199,16 @@ def test_experts_are_not_shared_out_within_one_process(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_one_process_says_that_it_shares_nothing(profile_file: Path, tmp_path: Path, parallel: str) -> None:
+    output = io.StringIO()
+    train(profile_file, tmp_path / "run", f"hardware.parallel={parallel}", console=Console(file=output))
+    warning = (
+        f"warning: hardware.parallel: {parallel}, but this is one process, which trains alone; for N of them: torchrun"
+    )
+    assert warning in output.getvalue()
+
+
 def test_the_best_of_a_course_that_was_left_is_not_held_against_the_next(run: Path, profile_file: Path) -> None:
     state = run / "step-000004" / "state.json"
     saved = json.loads(state.read_text())

@@ -33,7 +33,7 @@ torch.library.define("apt::unpack_int8", "(Tensor number, SymInt out_features, S
 
 @torch.library.impl("apt::multiply_int8", "CPU")
 def _multiply(rows: Tensor, number: Tensor, out_features: int) -> Tensor:
-    y: Tensor = torch.ops.quantized.linear_dynamic(rows, _packed[int(number)], REDUCED)
+    y: Tensor = torch.ops.quantized.linear_dynamic.default(rows, _packed[int(number)], REDUCED)
     return y
 
 

@@ -149,3 +149,13 @@ def _is_lost(error: RuntimeError) -> bool:
     """Whether an error is that of a process group that has lost a member."""
     words = ("Connection closed by peer", "Connection reset by peer", "Timed out", "timed out", "Broken pipe")
     return isinstance(error, dist.DistBackendError | dist.DistNetworkError) or any(word in str(error) for word in words)
+
+
+def list_unshared(config: APTConfig, ranks: Ranks) -> list[str]:
+    """What the profile would share among processes, in one process."""
+    if ranks.size > 1 or config.hardware.parallel == "none":
+        return []
+    return [
+        f"hardware.parallel: {config.hardware.parallel}, but this is one process, which trains alone; for N of them: "
+        "torchrun --nproc-per-node N -m apt train ..."
+    ]

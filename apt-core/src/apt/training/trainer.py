@@ -54,7 +54,7 @@ from apt.training.peak import Utilisation
 from apt.training.phases import Phases
 from apt.training.plot import plot_run
 from apt.training.progress import Report
-from apt.training.ranks import ALONE, Ranks, join_ranks
+from apt.training.ranks import ALONE, Ranks, join_ranks, list_unshared
 from apt.training.record import RECORD, Metrics, write_record
 from apt.training.saver import Saver
 from apt.training.snapshot import local_code
@@ -244,7 +244,7 @@ class Trainer:
             certified=lambda certificate, state: self.journal.switched(certificate, state),
         )
         unreached = self.phases.schedule.list_unreached(parts.max_steps, parts.steps_per_epoch, parts.max_epochs)
-        for line in (*unreached, *list_unfinished(config, parts.max_steps)):
+        for line in (*unreached, *list_unfinished(config, parts.max_steps), *list_unshared(config, ranks)):
             self._warn(line)
         self.taken = Taken() if self.start.checkpoint is None else self._go_on(self.start.checkpoint)
         self.left_out, self.saver.best = self.taken.left_out, self.taken.best
