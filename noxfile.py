@@ -111,9 +111,9 @@ def tests(session: nox.Session, packages: str) -> None:
 
 @nox.session
 def thorough(session: nox.Session) -> None:
-    """Further cases of what the tests of everything together cover, which would make the ordinary command long."""
+    """Further cases of what the other tests cover, which would make the ordinary command long; all packages together."""
     install(session, DISTRIBUTIONS)
-    pytest(session, "-n", "2", "-m", "thorough", "tests")
+    pytest(session, "-n", "2", "-m", "thorough", "tests", *(f"{name}/tests" for name in DISTRIBUTIONS))
 
 
 @nox.session

@@ -188,7 +188,7 @@ def test_gradients_are_those_of_finite_differences(layer: nn.Module) -> None:
     assert torch.autograd.gradcheck(mixed, (x, *parameters), fast_mode=True)
 
 
-@pytest.mark.parametrize("seq", [SEQ, 140])
+@pytest.mark.parametrize("seq", [pytest.param(SEQ, marks=pytest.mark.thorough), 140])
 def test_compiled_whole_it_gives_the_same(layer: nn.Module, seq: int) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)

@@ -54,7 +54,7 @@ torch.distributed.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize(("backend", "skew"), [("loop", 50.0), ("bmm", 0.0)])
+@pytest.mark.parametrize(("backend", "skew"), [("loop", 50.0), pytest.param("bmm", 0.0, marks=pytest.mark.thorough)])
 def test_output_gradients_and_steps_are_those_of_one_rank(tmp_path: Path, backend: str, skew: float) -> None:
     ranks = [
         subprocess.Popen(

@@ -29,8 +29,8 @@ WORDS = ["".join(letters) for letters in itertools.product("abcdef", repeat=4)]
 @pytest.mark.parametrize(
     "sets",
     [
-        ["model.attention={provider: tva_default, r: 2}"],
-        ["model.attention={provider: autopoietic}"],
+        pytest.param(["model.attention={provider: tva_default, r: 2}"], marks=pytest.mark.thorough),
+        pytest.param(["model.attention={provider: autopoietic}"], marks=pytest.mark.thorough),
         ["model.attention=sdpa", "model.ffn={provider: moe, experts: 4}"],
     ],
     ids=["tva_default", "autopoietic", "moe"],

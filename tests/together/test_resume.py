@@ -47,7 +47,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("whole") / "run"
 
 
-@pytest.mark.parametrize("state", ["layer", "dropout", "ema"])
+@pytest.mark.parametrize(
+    "state",
+    [pytest.param("layer", marks=pytest.mark.thorough), "dropout", pytest.param("ema", marks=pytest.mark.thorough)],
+)
 def test_a_run_resumed_in_any_phase_ends_with_the_same_bits(tiny: APTConfig, tmp_path: Path, state: str) -> None:
     align = {**tiny.options["align"], "state": state}
     config = saving_often(tiny).model_copy(update={"options": {**tiny.options, "align": align}, "dropout": 0.1})
@@ -113,7 +116,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_offered(tiny: APT
 def test_an_interrupted_run_saves_and_resumes_to_the_same_bits(
     tiny: APTConfig, tmp_path: Path, number: signal.Signals
 ) -> None:
-    training = tiny.training.model_copy(update={"steps_per_epoch": 60})
+    training = tiny.training.model_copy(update={"steps_per_epoch": 30})
     config = tiny.model_copy(update={"training": training})
     profile = tmp_path / "long.yaml"
     profile.write_text(dump_profile(config))
@@ -131,7 +134,7 @@ def test_an_interrupted_run_saves_and_resumes_to_the_same_bits(
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 130
     assert f"{number.name}: finishing this step" in output
-    assert 0 < load_run(tmp_path / "run").state.step < 240
+    assert 0 < load_run(tmp_path / "run").state.step < 120
     said, *again = shlex.split(next(line for line in output.splitlines() if "go on with: " in line).split(": ")[1])
     assert [said, *again] == ["python", *command[1:-2], "--resume", "auto", *command[-2:]]
     assert subprocess.run([sys.executable, *again], env=environment, check=False).returncode == 0
@@ -174,7 +177,11 @@ Trainer(load_profile(sys.argv[1], sets=["training.async_save=true"]).config, sys
 """
 
 
-@pytest.mark.parametrize("program", [STUCK, SLOW], ids=["in a step", "while a thread writes"])
+@pytest.mark.parametrize(
+    "program",
+    [STUCK, pytest.param(SLOW, marks=pytest.mark.thorough)],
+    ids=["in a step", "while a thread writes"],
+)
 def test_a_second_signal_leaves_at_once(tiny: APTConfig, tmp_path: Path, program: str) -> None:
     profile, script, sign = tmp_path / "profile.yaml", tmp_path / "stuck.py", tmp_path / "sign"
     profile.write_text(dump_profile(saving_often(tiny)))

@@ -53,6 +53,7 @@ def ids(*rows: str) -> torch.Tensor:
     return torch.tensor([[*(ord(each) + 3 for each in row), *[0] * (longest - len(row))] for row in rows])
 
 
+@pytest.mark.thorough
 def test_it_learns_to_reverse_words_that_it_has_not_seen(tmp_path: Path) -> None:
     read = profile(tmp_path)
     result = Trainer(read.config, tmp_path / "run", resolved=read.resolved).fit()
