@@ -24,7 +24,7 @@ from apt.training.snapshot import take_snapshot
 
 
 class Between:
-    """Evaluates and saves the run in `out`. `told` is what each checkpoint keeps beside what changes from step to step.
+    """Evaluates and saves the run in `out`. `kept` is what each checkpoint keeps beside what changes from step to step.
 
     No random state and no weight is changed by any of it.
     """
@@ -40,10 +40,10 @@ class Between:
         saver: Saver,
         journal: Journal,
         out: Path,
-        told: Mapping[str, object],
+        kept: Mapping[str, object],
     ) -> None:
         self.config, self.resolved, self.parts, self.hooks, self.ranks = config, resolved, parts, hooks, ranks
-        self.saver, self.journal, self.out, self.told = saver, journal, out, told
+        self.saver, self.journal, self.out, self.kept = saver, journal, out, kept
         self.scored, self._scored_at = Score(math.nan, math.nan, 0), -1
         self.saved_at, self._saved_when = -1, time.monotonic()
 
@@ -101,7 +101,7 @@ class Between:
                     hooks=hooks,
                     corpus_digest=self.parts.corpus.digest,
                     progress={
-                        **self.told,
+                        **self.kept,
                         "left_out": left_out,
                         "best": self.saver.best,
                         "metrics": self.journal.metrics.length,

@@ -25,7 +25,7 @@ class Taken:
 
     left_out: int = 0
     """Steps' worth of text that its place is ahead of the step: read and left out, since a number was not finite there."""
-    told: int = 0
+    metrics: int = 0
     """Bytes of `metrics.jsonl` that it goes on from."""
     best: float | None = None
     """The lowest held-out loss of its checkpoints."""
@@ -66,7 +66,7 @@ def take_over(
     if not start.is_branch:
         return Taken(
             left_out=progress["left_out"],
-            told=progress.get("metrics", sys.maxsize),
+            metrics=progress.get("metrics", sys.maxsize),
             best=progress["best"] if start.has_best else None,
             calibration=progress.get("calibration"),
         )

@@ -171,7 +171,7 @@ class Trainer:
                     saver=self.saver,
                     journal=self.journal,
                     out=self.out,
-                    told={
+                    kept={
                         "parent": self.parent,
                         "calibration": self.calibration.to_dict(),
                         "steps_per_epoch": self.parts.steps_per_epoch,
@@ -213,7 +213,7 @@ class Trainer:
                 self.given,
             )
         loggers = Loggers(self.resolved.loggers, self.out, to_profile(self.config), resumed_at, self._warn)
-        return Metrics(self.out, self.taken.told, loggers)
+        return Metrics(self.out, self.taken.metrics, loggers)
 
     def _name(self) -> str:
         ranks = f", {self.ranks.size} ranks" if self.ranks.size > 1 else ""
