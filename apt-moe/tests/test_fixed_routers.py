@@ -104,6 +104,15 @@ def test_a_token_s_experts_follow_from_its_id_alone() -> None:
         provider.route(router, torch.randn(1, 3, 8))
 
 
+@pytest.mark.parametrize("seed", [3, 4, 1234, 2**63, 2**64 + 1])
+def test_every_seed_gives_a_table_of_its_own(seed: int) -> None:
+    ids = torch.arange(400).unsqueeze(0)
+    router = Hash(top_k=2).create_router(8, 6, 2)
+    tables = [Hash(top_k=2, seed=each).route(router, torch.randn(1, 400, 8), tokens=ids)[0] for each in (0, seed)]
+    assert tables[1].sort(-1).values.diff().gt(0).all(), "no expert twice"
+    assert (tables[0].sort(-1).values == tables[1].sort(-1).values).all(-1).float().mean() < 0.2
+
+
 def test_random_experts_are_all_alike_in_training_and_fixed_in_evaluation() -> None:
     provider = Random(top_k=2)
     router = provider.create_router(8, 5, 2)

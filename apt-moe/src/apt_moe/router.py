@@ -110,7 +110,9 @@ class FixedRouter(nn.Module):
     def hashed(self, tokens: Tensor, seed: int) -> Tensor:
         """The experts with the largest hash of (id, expert, seed); `tokens` [batch, seq]."""
         experts = torch.arange(self.num_experts, device=tokens.device)
-        mixed = tokens.long().unsqueeze(-1) * self.num_experts + experts + seed * _PRIMES[2]
+        # A number of Python's does not wrap around by itself.
+        start = (seed * _PRIMES[2] + 2**63) % 2**64 - 2**63
+        mixed = tokens.long().unsqueeze(-1) * self.num_experts + experts + start
         for prime in _PRIMES[:2]:
             # Integers wrap around, and the shift brings high bits down (Steele et al. 2014, SplitMix64).
             mixed = (mixed ^ ((mixed >> 30) & 0x3FFFFFFFF)) * prime
