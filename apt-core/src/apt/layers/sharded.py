@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
 
@@ -55,3 +56,18 @@ def fill(target: Tensor, values: Tensor) -> None:
         values.to(target.device), target.device_mesh, target.placements, src_data_rank=None
     )  # without communication: every rank has all of it
     target.to_local().copy_(mine.to_local())
+
+
+def let_go(model: nn.Module) -> None:
+    """After a forward pass that no backward pass follows: give up what fsdp gathered for it.
+
+    Until then modules show whole parameters that are not the ones which are trained: what is written to them is lost.
+    """
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

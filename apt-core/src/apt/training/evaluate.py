@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from apt.data.batches import windows
 from apt.data.tokens import TokenSplit
 from apt.hookspecs import Batch
+from apt.layers.sharded import let_go
 from apt.training.ranks import ALONE, Ranks
 
 
@@ -81,6 +82,7 @@ def score(
                 sums[name] = sums[name] + weighted if name in sums else weighted
     finally:
         model.train(was_training)
+        let_go(model)
     sums = ranks.sum(sums)
     num_tokens = int(sums.pop(_COUNT).item())
     mean = sums.pop(_LOSS).item() / max(1, num_tokens)

@@ -14,7 +14,7 @@ from apt.core.resolution import record_of
 from apt.errors import UserError
 from apt.hookspecs import Batch
 from apt.layers import as_part
-from apt.layers.sharded import local
+from apt.layers.sharded import let_go, local
 from apt.modeling.parts import BoundPart, find_parts
 from apt.training.evaluate import untouched
 
@@ -54,6 +54,7 @@ def find_source(
         finally:
             for handle in handles:
                 handle.remove()
+            let_go(model)
     if first:
         return Source(0, f"first in the output of {first[0]}")
     broken = [name for name, value in losses.items() if name != "loss" and not bool(value.isfinite().all())]

@@ -52,8 +52,8 @@ def shard(model: Decoder, config: APTConfig, ranks: Ranks) -> None:
     from torch.distributed.fsdp import fully_shard
 
     ignored = {*shared, *(parameter for parameter in model.parameters() if parameter.dim() == 0)}
-    for block in model.blocks:
-        fully_shard(block, ignored_params=ignored)
+    for block in model.all_blocks():
+        fully_shard(block, ignored_params=ignored)  # type: ignore[arg-type]
     fully_shard(model, ignored_params=ignored)
 
 
