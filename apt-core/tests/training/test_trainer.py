@@ -26,7 +26,7 @@ from apt.hookspecs import hookimpl
 from apt.training.checkpoint import list_checkpoints, load_run, read_saved
 from apt.training.record import read_metrics
 from apt.training.trainer import RunResult, Trainer
-from apt.training.watch import SpikeDetector
+from apt.training.watch import SpikeDetector, Stopwatch
 
 
 class Layer(nn.Module):
@@ -339,6 +339,18 @@ def test_a_loss_that_spikes_is_reported(profile_file: Path, tmp_path: Path) -> N
         "training.learning_rate=1e-7",
     )
     assert any(event["event"] == "spike" for event in read_metrics(tmp_path / "run"))
+
+
+def test_a_loss_that_begins_between_two_lines_of_the_log_has_its_own_mean() -> None:
+    watch = Stopwatch()
+    for step in range(4):
+        watch.add("loss", torch.tensor(float(step)))
+        if step >= 3:
+            watch.add("loss_later", torch.tensor(5.0))
+        watch.done(10)
+    means, _ = watch.read()
+    assert {name: mean.item() for name, mean in means.items()} == {"loss": 1.5, "loss_later": 5.0}
+    assert watch.read()[0] == {}
 
 
 def test_too_little_memory_says_what_to_lower(

@@ -17,23 +17,23 @@ class Stopwatch:
     """Sums of losses, and the time that training takes, between two lines of the log."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._steps, self._tokens, self._since = 0, 0, time.perf_counter()
+        self._sums: dict[str, tuple[Tensor, int]] = {}
+        self._tokens, self._since = 0, time.perf_counter()
 
     def add(self, name: str, value: Tensor) -> None:
-        """A share of a step's loss."""
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
+        """A loss of a step, once a step."""
+        total, steps = self._sums.get(name, (0.0, 0))
+        self._sums[name] = total + value, steps + 1
 
     def done(self, tokens: int) -> None:
         """A step is over."""
-        self._steps += 1
         self._tokens += tokens
 
     def read(self) -> tuple[dict[str, Tensor], float]:
-        """Mean losses a step and tokens a second since the last reading."""
-        means = {name: total / max(1, self._steps) for name, total in self._sums.items()}
+        """Mean losses and tokens a second since the last reading; a step that did not have a loss does not count in its mean."""
+        means = {name: total / steps for name, (total, steps) in self._sums.items()}
         speed = self._tokens / max(1e-9, time.perf_counter() - self._since)
-        self._sums, self._steps, self._tokens, self._since = {}, 0, 0, time.perf_counter()
+        self._sums, self._tokens, self._since = {}, 0, time.perf_counter()
         return means, speed
 
     @contextlib.contextmanager
