@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -106,30 +107,40 @@ def test_an_infinite_capacity_factor_is_no_limit() -> None:
 RANK = """
 import os, sys, torch
 from apt_moe import functional
-rank = int(os.environ["RANK"])
+rank, padded = int(os.environ["RANK"]), sys.argv[2] == "True"
 torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=rank, world_size=2)
 torch.manual_seed(0)
 logits = torch.randn(8, 4)
-sent = torch.zeros_like(logits).scatter_(1, logits.topk(2).indices, 1.0)
-half = logits[4 * rank : 4 * rank + 4].clone().requires_grad_()
-loss = functional.load_balance_loss(half, sent[4 * rank : 4 * rank + 4])
-loss.backward()
+counted = torch.arange(8) < (5 if padded else 8)  # of the second rank one alone
+sent = functional.expert_mask(logits.topk(2).indices, 4, counted)
+
+def losses(logits, sent, counted):
+    z_loss = functional.z_loss(logits, counted if padded else None)
+    return torch.stack((functional.load_balance_loss(logits, sent), z_loss))
+
+mine = slice(4 * rank, 4 * rank + 4)
+half = logits[mine].clone().requires_grad_()
+loss = losses(half, sent[mine], counted[mine])
+loss.sum().backward()
 both = [torch.empty_like(half) for _ in range(2)]
 torch.distributed.all_gather(both, half.grad)
 total = loss.detach().clone()
 torch.distributed.all_reduce(total)
 torch.distributed.destroy_process_group()
 logits.requires_grad_()
-alone = functional.load_balance_loss(logits, sent)
-alone.backward()
+alone = losses(logits, sent, counted)
+alone.sum().backward()
 torch.testing.assert_close(total / 2, alone.detach())
 torch.testing.assert_close(torch.cat(both) / 2, logits.grad)
 """
 
 
-def test_two_ranks_of_half_a_batch_have_the_loss_and_the_gradient_of_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("padded", [False, True])
+def test_two_ranks_of_half_a_batch_have_the_losses_and_the_gradient_of_one(tmp_path: Path, padded: bool) -> None:
     ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK, str(tmp_path / "store")], env=os.environ | {"RANK": str(rank)})
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(tmp_path / "store"), str(padded)], env=os.environ | {"RANK": str(rank)}
+        )
         for rank in range(2)
     ]
     assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]

@@ -16,16 +16,17 @@ def load_balance_loss(logits: Tensor, expert_mask: Tensor) -> Tensor:
     `logits` [tokens, experts]; `expert_mask` [tokens, experts] is 1 where the token is sent to the expert. f_e is the
     share of all assignments that expert e gets (it sums to 1, so the balanced value does not depend on k), P_e the mean
     probability of expert e. f has no gradient, P has. A token that is sent nowhere (padding) does not count. Under
-    data parallelism f is that of the global batch (arXiv:2501.11873).
+    data parallelism f is that of the global batch (arXiv:2501.11873), and the ranks' losses have the mean that all tokens
+    together have, however many of them each rank counts.
 
     Fedus et al. 2021, arXiv:2101.03961, eq. 4-6.
     """
     sent = expert_mask.detach().to(torch.float32)
-    counts = over_ranks(sent.sum(0))
-    share = counts / counts.sum().clamp(min=1)
     counted = sent.any(-1)
+    sums = over_ranks(torch.cat((sent.sum(0), counted.sum(0, keepdim=True))))
+    share = sums[:-1] / sums[:-1].sum().clamp(min=1)
     probability = logits.float().softmax(-1) * counted.unsqueeze(-1)
-    mean_probability = probability.sum(0) / counted.sum().clamp(min=1)
+    mean_probability = probability.sum(0) / (sums[-1].clamp(min=1) / _num_ranks())
     return (logits.shape[-1] * share * mean_probability).sum()
 
 
@@ -49,9 +50,14 @@ def sequence_balance_loss(gates: Tensor, indices: Tensor, mask: Tensor | None = 
 def z_loss(logits: Tensor, counted: Tensor | None = None) -> Tensor:
     """mean (logsumexp logits)^2 over the tokens where `counted` [tokens] is True: keeps the router's logits small.
 
+    Under data parallelism the mean over the ranks is that over all tokens, however many of them each rank counts.
+
     Zoph et al. 2022, arXiv:2202.08906, eq. 5.
     """
-    return _mean(logits.float().logsumexp(-1).square(), counted)
+    squares = logits.float().logsumexp(-1).square()
+    if counted is None:
+        return _mean(squares, None)
+    return (squares * counted).sum() / (over_ranks(counted.sum()).clamp(min=1) / _num_ranks())
 
 
 def entropy(probabilities: Tensor, counted: Tensor | None = None) -> Tensor:
@@ -79,11 +85,15 @@ def expert_mask(indices: Tensor, num_experts: int, counted: Tensor | None = None
 
 def over_ranks(counts: Tensor) -> Tensor:
     """Counts summed over the ranks of a data-parallel run; alone, the counts themselves."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
+    if _num_ranks() > 1:
         counts = counts.clone()
-        distributed.all_reduce(counts)
+        torch.distributed.all_reduce(counts)
     return counts
+
+
+def _num_ranks() -> int:
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def _mean(values: Tensor, counted: Tensor | None) -> Tensor:
