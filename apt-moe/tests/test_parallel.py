@@ -6,6 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from apt.errors import UserError
+from apt_moe.parallel import shard_experts
+from apt_moe.provider import MoE
 
 RANK = """
 import os, sys, torch
@@ -64,3 +70,13 @@ def test_output_gradients_and_steps_are_those_of_one_rank(tmp_path: Path, backen
         for rank in range(2)
     ]
     assert [rank.wait(timeout=100) for rank in ranks] == [0, 0]
+
+
+def test_the_reference_is_not_shared_out(tmp_path: Path) -> None:
+    layer = MoE.model_validate({"experts": 4, "upcycle": False, "backend": "naive"}).create_layer(8, 12)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        with pytest.raises(UserError, match="naive runs every expert on every token, and cannot share them out"):
+            shard_experts(layer, init_device_mesh("cpu", (1,)))
+    finally:
+        dist.destroy_process_group()

@@ -29,11 +29,13 @@ def shard_experts(layer: MixtureOfExperts, mesh: DeviceMesh) -> list[nn.Paramete
 
     Along the other dimensions ranks hold equal parts. Every rank must hold the same weights before. Call it before the
     optimizer is made: the parameters are new ones, which are returned. Raises `UserError` where the ranks do not divide the
-    experts.
+    experts, and for the reference, which has every expert here.
     """
     experts, ranks = layer.experts, mesh.size(mesh.ndim - 1)
     if experts.num_experts % ranks:
         raise UserError(f"{experts.num_experts} experts cannot be shared out evenly among {ranks} ranks")
+    if layer.backend == "naive":
+        raise UserError("backend: naive runs every expert on every token, and cannot share them out; use auto or loop")
     placements = [Replicate() for _ in range(mesh.ndim - 1)] + [Shard(0)]
     made = []
     for name, stack in list(experts.layer.named_parameters()):
