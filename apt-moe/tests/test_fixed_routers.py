@@ -113,6 +113,16 @@ def test_every_seed_gives_a_table_of_its_own(seed: int) -> None:
     assert (tables[0].sort(-1).values == tables[1].sort(-1).values).all(-1).float().mean() < 0.2
 
 
+@pytest.mark.parametrize("provider", [Hash(top_k=2), Random(top_k=2)], ids=["hash", "random"])
+def test_the_router_s_module_runs_which_is_the_proof_that_it_is_in_use(provider: Hash | Random) -> None:
+    router, ran = provider.create_router(8, 6, 2), []
+    router.register_forward_hook(lambda *_: ran.append(True))
+    layer = MoE.model_validate({"experts": 6, "upcycle": False, "router": provider}).create_layer(8, 12)
+    layer.router = router
+    layer(torch.randn(1, 3, 8), tokens=torch.arange(3).unsqueeze(0))
+    assert ran
+
+
 def test_random_experts_are_all_alike_in_training_and_fixed_in_evaluation() -> None:
     provider = Random(top_k=2)
     router = provider.create_router(8, 5, 2)

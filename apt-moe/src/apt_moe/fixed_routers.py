@@ -70,7 +70,7 @@ class Hash(_Fixed):
             raise UserError("router.hash: routes by token id, and was given none; pass tokens=, as the decoder does")
         fixed = self._check(router)
         indices = fixed.hashed(tokens, self.seed)
-        return indices, fixed.equal_weights(indices), {}
+        return indices, fixed(indices), {}
 
 
 class Random(_Fixed):
@@ -86,4 +86,4 @@ class Random(_Fixed):
         """See `RouterProvider.route`."""
         fixed = self._check(router)
         indices = fixed.drawn(inputs) if train else fixed.first(inputs)
-        return indices, fixed.equal_weights(indices), {}
+        return indices, fixed(indices), {}

@@ -101,11 +101,15 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class FixedRouter(nn.Module):
-    """Nothing to learn; how experts are fixed or drawn is in its methods. All give indices [batch, seq, k]."""
+    """Nothing to learn: choices weigh alike. How experts are fixed or drawn is in its methods; all give indices [batch, seq, k]."""
 
     def __init__(self, num_experts: int, top_k: int) -> None:
         super().__init__()
         self.num_experts, self.top_k = num_experts, top_k
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """1/k for each choice `indices` [batch, seq, k]. Every route goes by here, which is seen as proof that it is in use."""
+        return torch.full(indices.shape, 1 / self.top_k, dtype=torch.float32, device=indices.device)
 
     def hashed(self, tokens: Tensor, seed: int) -> Tensor:
         """The experts with the largest hash of (id, expert, seed); `tokens` [batch, seq]."""
@@ -126,10 +130,6 @@ class FixedRouter(nn.Module):
     def first(self, inputs: Tensor) -> Tensor:
         """The first k for every token."""
         return torch.arange(self.top_k, device=inputs.device).expand(*inputs.shape[:2], self.top_k)
-
-    def equal_weights(self, indices: Tensor) -> Tensor:
-        """1/k for each choice."""
-        return torch.full(indices.shape, 1 / self.top_k, dtype=torch.float32, device=indices.device)
 
 
 _PRIMES = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, 0x2545F4914F6CDD1D)
