@@ -52,3 +52,12 @@ def test_the_memory_keeps_the_latest_tokens_and_no_padding() -> None:
 def test_a_prediction_that_rules_tokens_out_stays_finite() -> None:
     logits = torch.tensor([[[0.0, -1e4, -1e4]]])
     assert Evidence(2, 4, 1, 0.25, 0.15)(torch.randn(1, 1, 2), logits).isfinite().all()
+
+
+def test_under_autocast_it_is_what_it_is_without() -> None:
+    evidence = Evidence(8, 16, 4, 0.25, 0.15)
+    hidden, logits = torch.randn(2, 3, 8), torch.randn(2, 3, 20)
+    evidence.remember(hidden, torch.randint(0, 20, (2, 3)))
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = evidence(hidden, logits)
+    torch.testing.assert_close(rounded, evidence(hidden, logits))

@@ -135,3 +135,10 @@ def test_cka_compares_states_of_different_widths_and_refuses_too_few_tokens() ->
     torch.testing.assert_close(functional.cka(one, torch.cat([one, one], -1)), torch.ones(()))
     with pytest.raises(ValueError, match="at least 4 tokens, not 3"):
         functional.cka(one[:3], one[:3])
+
+
+def test_nce_under_autocast_is_what_it_is_without() -> None:
+    one, two = states(0, 2, 5, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = functional.nce(one, two)
+    torch.testing.assert_close(rounded, functional.nce(one, two))

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from apt_align.functional import unrounded
+
 
 class Evidence(nn.Module):
     """log p with p = trust p_knn + (1 - trust) p_model, a prediction that the model is to follow.
@@ -35,7 +37,8 @@ class Evidence(nn.Module):
         While nothing is remembered they are the model's.
         """
         queries = functional.normalize(hidden.float(), dim=-1).flatten(0, -2)
-        scores = queries @ self.keys.float().t() / self.temperature
+        with unrounded(queries):
+            scores = queries @ self.keys.float().t() / self.temperature
         empty = torch.arange(self.memory, device=scores.device) >= self.written
         scores = scores.masked_fill(empty, torch.finfo(scores.dtype).min)
         best, found = scores.topk(self.neighbours, dim=-1)

@@ -1,9 +1,11 @@
 """How far two states of the same tokens are apart: one number a token, and the mean over the tokens that count.
 
-The first argument is the teacher, the second the student. Everything is computed in float32.
+The first argument is the teacher, the second the student. Everything is computed in float32, under autocast too.
 """
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -48,12 +50,19 @@ def nce(teacher: Tensor, student: Tensor, temperature: float = 0.15, counted: Te
     tokens = torch.arange(len(targets), device=targets.device)
     others = tokens[:: -(-len(tokens) // MAX_NEGATIVES)]
     own = (queries * targets).sum(-1, keepdim=True) / temperature
-    scores = queries @ targets[others].t() / temperature
+    with unrounded(queries):
+        scores = queries @ targets[others].t() / temperature
     excluded = others == tokens.unsqueeze(1)
     if counted is not None:
         excluded = excluded | ~counted.flatten()[others]
     scores = torch.cat([own, scores.masked_fill(excluded, float("-inf"))], dim=-1)
     return -scores.log_softmax(-1)[:, 0].view(teacher.shape[:-1])
+
+
+def unrounded(states: Tensor) -> AbstractContextManager[object]:
+    """A context in which autocast rounds no product: cosines over a temperature are worth more bits than bfloat16 has."""
+    device = states.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def mean(distances: Tensor, mask: Tensor | None = None) -> Tensor:
