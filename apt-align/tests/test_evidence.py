@@ -61,3 +61,13 @@ def test_under_autocast_it_is_what_it_is_without() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         rounded = evidence(hidden, logits)
     torch.testing.assert_close(rounded, evidence(hidden, logits))
+
+
+def test_states_that_are_not_finite_are_not_remembered() -> None:
+    evidence = Evidence(8, 16, 4, 0.25, 0.15)
+    hidden, logits = torch.randn(1, 4, 8), torch.randn(1, 4, 20)
+    hidden[0, 1] = float("nan")
+    evidence.remember(hidden, torch.tensor([[4, 7, 1, 0]]))
+    assert evidence.values[:3].tolist() == [4, 1, 0]
+    assert evidence.written == 3
+    assert evidence(torch.randn(1, 4, 8), logits).isfinite().all()

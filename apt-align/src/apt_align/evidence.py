@@ -50,11 +50,15 @@ class Evidence(nn.Module):
 
     @torch.no_grad()
     def remember(self, hidden: Tensor, targets: Tensor, mask: Tensor | None = None) -> None:
-        """Keep states [batch, seq, d_model] and the tokens that followed [batch, seq], where `mask` is True."""
+        """Keep states [batch, seq, d_model] and the tokens that followed [batch, seq], where `mask` is True.
+
+        States that are not finite are left out: they would speak for every token of later batches.
+        """
         keys, values = functional.normalize(hidden.float(), dim=-1).flatten(0, -2), targets.flatten()
+        kept = keys.isfinite().all(-1)
         if mask is not None:
-            keys, values = keys[mask.flatten()], values[mask.flatten()]
-        keys, values = keys[-self.memory :], values[-self.memory :]
+            kept = kept & mask.flatten()
+        keys, values = keys[kept][-self.memory :], values[kept][-self.memory :]
         places = (self.written + torch.arange(len(values), device=values.device)) % self.memory
         self.keys[places] = keys.to(self.keys.dtype)
         self.values[places] = values
