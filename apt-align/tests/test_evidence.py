@@ -1,3 +1,6 @@
+from collections.abc import Sequence
+
+import pytest
 import torch
 
 from apt_align.evidence import Evidence
@@ -71,3 +74,24 @@ def test_states_that_are_not_finite_are_not_remembered() -> None:
     assert evidence.values[:3].tolist() == [4, 1, 0]
     assert evidence.written == 3
     assert evidence(torch.randn(1, 4, 8), logits).isfinite().all()
+
+
+def test_every_rank_remembers_the_tokens_of_all_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, targets = torch.randn(2, 2, 3, 8), torch.randint(0, 20, (2, 2, 3))  # of two ranks
+
+    def gather(parts: Sequence[torch.Tensor], rows: torch.Tensor) -> None:
+        """What the second rank gives to each."""
+        keys = torch.nn.functional.normalize(hidden, dim=-1).flatten(1, 2)
+        theirs = {2: keys, 1: torch.ones_like(keys[..., 0], dtype=torch.bool)}[rows.dim()]
+        theirs = targets.flatten(1) if rows.dtype == torch.int64 else theirs
+        assert torch.equal(rows, theirs[1])
+        for part, each in zip(parts, theirs, strict=True):
+            part.copy_(each)
+
+    alone, shared = Evidence(8, 16, 4, 0.25, 0.15), Evidence(8, 16, 4, 0.25, 0.15)
+    alone.remember(hidden.flatten(0, 1), targets.flatten(0, 1))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather", gather)
+    shared.remember(hidden[1], targets[1])
+    assert all(torch.equal(mine, yours) for mine, yours in zip(shared.buffers(), alone.buffers(), strict=True))

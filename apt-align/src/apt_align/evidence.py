@@ -15,8 +15,8 @@ class Evidence(nn.Module):
     p_knn(y) is proportional to sum over the nearest states k_i of earlier tokens of exp(cos(f, k_i) / tau) [y_i = y], y_i
     the token that followed (kNN-LM: Khandelwal et al. 2020, arXiv:1911.00172, by cosines; as a teacher in training:
     Yang et al. 2022, arXiv:2205.00479). States are the model's last ones, as they were when their batch went by.
-    The memory is a ring of the latest `memory` tokens of earlier micro-batches, so that no token is its own evidence. It is
-    kept in checkpoints, in float32 where the model is.
+    The memory is a ring of the latest `memory` tokens of earlier micro-batches, so that no token is its own evidence: of those
+    of all ranks, the same on each. It is kept in checkpoints, in float32 where the model is.
     """
 
     keys: Tensor
@@ -52,14 +52,25 @@ class Evidence(nn.Module):
     def remember(self, hidden: Tensor, targets: Tensor, mask: Tensor | None = None) -> None:
         """Keep states [batch, seq, d_model] and the tokens that followed [batch, seq], where `mask` is True.
 
-        States that are not finite are left out: they would speak for every token of later batches.
+        All ranks call it. States that are not finite are left out: they would speak for every token of later batches.
         """
         keys, values = functional.normalize(hidden.float(), dim=-1).flatten(0, -2), targets.flatten()
         kept = keys.isfinite().all(-1)
         if mask is not None:
             kept = kept & mask.flatten()
+        keys, values, kept = (_of_all_ranks(each) for each in (keys, values, kept))
         keys, values = keys[kept][-self.memory :], values[kept][-self.memory :]
         places = (self.written + torch.arange(len(values), device=values.device)) % self.memory
         self.keys[places] = keys.to(self.keys.dtype)
         self.values[places] = values
         self.written += len(values)
+
+
+def _of_all_ranks(rows: Tensor) -> Tensor:
+    """The rows of all ranks, one rank after the other; alone, the rows themselves. Each rank has as many."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
