@@ -1,5 +1,7 @@
 """The switch in mid-run, on a real model with a real optimizer."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -124,6 +126,30 @@ def test_a_late_switch_without_a_dense_layer_is_refused() -> None:
     late = early.model_copy(update={"schedules": {"enable_moe_at_step": 5}})
     with pytest.raises(ProfileError, match=r"model\.ffn\.upcycle: false, but schedules\.enable_moe_at_step needs"):
         MoEPlugin().apt_config_resolved(late)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"redraw": 0.5}, "model.ffn.redraw: 0.5 draws hidden units anew"),
+        ({"router": {"provider": "switch"}}, "model.ffn.router: switch weighs experts by raw probabilities"),
+        (
+            {"router": {"provider": "topk_default", "renormalise": False}},
+            "model.ffn.router: topk_default weighs experts by raw",
+        ),
+    ],
+)
+def test_what_changes_the_function_at_a_late_switch_is_refused_unless_the_profile_says_that_it_may(
+    options: dict[str, object], why: str
+) -> None:
+    config = CONFIG.model_copy(update={"options": {"ffn": options}})
+    MoEPlugin().apt_config_resolved(config)
+    late = config.model_copy(update={"schedules": {"enable_moe_at_step": 5}})
+    with pytest.raises(ProfileError, match=rf"training\.switch_tolerance: 0\.0001, but {re.escape(why)}"):
+        MoEPlugin().apt_config_resolved(late)
+    for tolerance in (None, 0.5):
+        training = late.training.model_copy(update={"switch_tolerance": tolerance})
+        MoEPlugin().apt_config_resolved(late.model_copy(update={"training": training}))
 
 
 def test_the_plugin_without_a_mixture_is_refused() -> None:

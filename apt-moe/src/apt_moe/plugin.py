@@ -27,6 +27,15 @@ if TYPE_CHECKING:
 _SWITCHES = ("enable_moe_at_epoch", "enable_moe_at_step")
 
 
+def _changes_the_function(mixture: MoE) -> str | None:
+    """Why experts that were grown are not the layer that they grew out of; None where they are."""
+    if mixture.redraw:
+        return f"redraw: {mixture.redraw:g} draws hidden units anew"
+    if not mixture.router.keeps_scale():
+        return f"router: {mixture.router.get_name()} weighs experts by raw probabilities"
+    return None
+
+
 class MoEPlugin(Plugin):
     """Sparse upcycling at the switch (Komatsuzaki et al. 2022, arXiv:2212.05055)."""
 
@@ -45,7 +54,14 @@ class MoEPlugin(Plugin):
             hint = "set model.ffn.provider to moe, or leave the plugin out"
             faults.append(Fault("plugins", f"'moe' has nothing to switch: the ffn is {config.ffn_name!r}", hint))
         late = next((key for key in _SWITCHES if config.schedules.get(key)), None)
+        # Whoever has set another tolerance, or none, knows of it.
+        rounding_alone = config.training.switch_tolerance == type(config.training)().switch_tolerance
         for where, mixture in mixtures:
+            if late is not None and rounding_alone and (why := _changes_the_function(mixture)):
+                what = (
+                    f"{config.training.switch_tolerance:g}, but {where}.{why}, which changes the function at the switch"
+                )
+                faults.append(Fault("training.switch_tolerance", what, "null, or the change that may be"))
             if late is not None and not mixture.upcycle:
                 what = f"false, but schedules.{late} needs a dense layer to run until then"
                 faults.append(Fault(f"{where}.upcycle", what, "upcycle: true, or switch the experts on from the start"))

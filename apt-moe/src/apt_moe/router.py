@@ -101,7 +101,7 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class FixedRouter(nn.Module):
-    """Nothing to learn: choices weigh alike. How experts are fixed or drawn is in its methods; all give indices [batch, seq, k]."""
+    """Nothing to learn: choices weigh alike. How experts are fixed or drawn is in its methods; all give [batch, seq, k]."""
 
     def __init__(self, num_experts: int, top_k: int) -> None:
         super().__init__()

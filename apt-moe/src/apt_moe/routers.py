@@ -41,6 +41,10 @@ class TopK(RouterProvider):
             raise ValueError(_TOP_1)
         return self
 
+    def keeps_scale(self) -> bool:
+        """Where they are renormalised."""
+        return self.renormalise
+
     def create_router(self, d_model: int, num_experts: int, top_k: int | None = None) -> LinearRouter:
         """A router of `num_experts`; `top_k` is the option's value where it is not given."""
         from apt_moe.router import LinearRouter

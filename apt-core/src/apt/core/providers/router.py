@@ -57,6 +57,10 @@ class RouterProvider(Provider):
         """Metrics of how `inputs` [batch, seq, d_model] are routed, detached; asked for in evaluation."""
         return {}
 
+    def keeps_scale(self) -> bool:
+        """Whether the weights of a token sum to 1: equal experts, as they are at a switch, then are what each of them is."""
+        return True
+
     def supports_dynamic_capacity(self) -> bool:
         """Whether the capacity may change while training."""
         return True
