@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from apt.layers.sharded import let_go
 from apt.layers.ways import Shape, Way, mix_by, watch_shapes
 from apt.modeling.model import Decoder
 
@@ -71,6 +72,7 @@ def find_shapes(
             model.eval()(tokens)
     finally:
         model.train(was_training)
+        let_go(model)
     return products.seen, shapes
 
 

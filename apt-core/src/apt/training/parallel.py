@@ -53,7 +53,7 @@ def shard(model: Decoder, config: APTConfig, ranks: Ranks) -> None:
 
     ignored = {*shared, *(parameter for parameter in model.parameters() if parameter.dim() == 0)}
     for block in model.all_blocks():
-        fully_shard(block, ignored_params=ignored)  # type: ignore[arg-type]
+        fully_shard(block, ignored_params=ignored)
     fully_shard(model, ignored_params=ignored)
 
 
