@@ -109,6 +109,22 @@ def test_rows_and_gradients_are_those_of_each_expert_alone(
         torch.testing.assert_close(own, other)
 
 
+@pytest.mark.parametrize(
+    ("name", "backend"), [("gain", "loop"), ("swiglu", "loop"), ("swiglu", "bmm"), ("swiglu", "grouped_mm")]
+)
+def test_where_no_row_comes_every_gradient_is_there_and_zero(
+    name: str, backend: Literal["loop", "bmm", "grouped_mm"]
+) -> None:
+    experts = Experts(provider(name), 3, 8, 16, 0.0, "gelu")
+    rows = torch.zeros(0, 8, requires_grad=True)
+    output = experts(rows, torch.zeros(3, dtype=torch.int32), torch.zeros(0, dtype=torch.long), backend)
+    assert output.shape == (0, 8)
+    output.sum().backward()
+    for tensor in (rows, *experts.parameters()):
+        assert tensor.grad is not None
+        assert not tensor.grad.any()
+
+
 def test_an_expert_with_losses_of_its_own_is_refused() -> None:
     experts = Experts(provider("losses"), 2, 8, 16, 0.0, "gelu")
     with pytest.raises(OptionsError, match="an expert cannot bring losses of its own"):

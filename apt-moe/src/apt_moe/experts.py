@@ -110,8 +110,6 @@ class Experts(nn.Module):
 
     def _padded(self, rows: Tensor, offsets: Tensor, experts: Tensor) -> Tensor:
         """As many rows for each expert as the busiest has, and one batched product for each linear map."""
-        if not rows.shape[0]:
-            return rows
         starts = torch.cat([offsets.new_zeros(1), offsets])
         room = max(1, int(starts.diff().max()))
         places = experts * room + torch.arange(rows.shape[0], device=rows.device) - starts[experts]
@@ -125,7 +123,7 @@ class Experts(nn.Module):
 
     def _one_by_one(self, rows: Tensor, offsets: Tensor) -> Tensor:
         # unbind, not weight[e]: each index would make a gradient of the full stack's size.
-        stacks = {name: _local(stack).unbind(0) for name, stack in self.layer.named_parameters()}
+        stacks = {name: stack.unbind(0) for name, stack in self._held()}
         pieces, start = [], 0
         for expert, end in enumerate(offsets.tolist()):
             if end > start:
@@ -133,8 +131,16 @@ class Experts(nn.Module):
                 piece = torch.func.functional_call(self.layer, weights, (rows[start:end].unsqueeze(0),))
                 pieces.append(_output(piece).squeeze(0))
             start = end
+        if not pieces:
+            # Gradients of zeros all the same: ranks that share experts out wait for one another on the way back.
+            nothing = rows[:0].sum() + sum(stack[:0].sum() for _, stack in self._held())
+            return torch.zeros_like(rows) + nothing
         pieces.append(rows.new_zeros(rows.shape[0] - start, rows.shape[1]))
         return torch.cat(pieces)
+
+    def _held(self) -> list[tuple[str, Tensor]]:
+        """The stacks, of this rank's experts where they are shared out."""
+        return [(name, _local(stack)) for name, stack in self.layer.named_parameters()]
 
 
 class _Grouped(TorchFunctionMode):
