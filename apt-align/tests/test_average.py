@@ -57,6 +57,8 @@ def test_what_is_switched_on_later_starts_from_itself() -> None:
 
 def test_it_is_float32_and_speaks_in_the_model_s_dtype() -> None:
     model, average = Tiny().bfloat16(), Average(0.5)
+    model.on(torch.ones(1, 3, dtype=torch.bfloat16)).sum().backward()
+    average.see_gradients(model)
     average.update(model)
     assert average.weights["on.weight"].dtype == torch.float32
     assert average(model, torch.ones(1, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
@@ -93,4 +95,23 @@ def test_what_is_saved_goes_on_as_if_nothing_had_happened() -> None:
 
 def test_another_form_is_refused() -> None:
     with pytest.raises(TypeError, match="another form"):
-        Average(0.9).load({"updates": "3", "averaged": []})
+        Average(0.9).load({"updates": "3"})
+
+
+def test_what_nothing_has_trained_has_no_average() -> None:
+    model, average = Tiny(), Average(0.9)
+    step(model, average)
+    assert average.weights.keys() == {"on.weight", "on.bias"}
+    again = Average(0.9)
+    again.load(average.save())
+    again.update(model)
+    assert again.weights.keys() == {"on.weight", "on.bias"}
+
+
+def test_a_run_that_goes_back_keeps_its_average_on_its_device() -> None:
+    model, average = Tiny(), Average(0.9)
+    step(model, average)
+    saved = average.save()
+    average.to(torch.device("meta"))
+    average.load(saved)
+    assert {weight.device.type for weight in average.weights.values()} == {"meta"}

@@ -66,3 +66,18 @@ def test_chat_and_generate_speak_with_them(
     assert replied["trained"] != replied["ema"]
     assert main(["chat", str(run), "--template", str(template), "--weights", "emma"]) == 2
     assert "holds no weights 'emma'; it has: trained, ema" in capsys.readouterr().err
+
+
+def test_a_branch_with_experts_goes_on_with_the_average_of_the_trunk(run: Path, tmp_path: Path) -> None:
+    changes = ["model.ffn={provider: moe, expert: swiglu, experts: 2, capacity: null}", "schedules.enable_moe_at_step=32"]
+    words = [word for each in (*changes, "training.max_steps=33") for word in ("--set", each)]
+    # At a rate of 0 the weights stay, so that their average moves towards them and no further.
+    words += ["--plugins", "align", "moe", "--set", "training.learning_rate=1e-12"]
+    assert main(["branch", str(run), *words, "--out", str(tmp_path / "branch")]) == 0
+    one, other = load_run(run), load_run(tmp_path / "branch")
+    trained = one.model.state_dict()["blocks.0.ffn.up.weight"].clone()
+    use_weights(one.folder, one.model, "ema")
+    use_weights(other.folder, other.model, "ema")
+    before = one.model.state_dict()["blocks.0.ffn.up.weight"]
+    expected = trained + (before - trained) * (31 / 40) * (32 / 41) * (33 / 42)
+    torch.testing.assert_close(other.model.state_dict()["blocks.0.ffn.dense.up.weight"], expected)

@@ -22,7 +22,7 @@ class Average:
     """w' = m w' + (1 - m) w after each step, m = min(decay, (1 + t) / (10 + t)): young averages forget faster.
 
     The average is float32 whatever the model is. A parameter is averaged from the first step that trains it on; until
-    then its average is the parameter itself, so that parts which a plugin switches on in mid-run (and fills at that
+    then it has no average and stands for itself, so that parts which a plugin switches on in mid-run (and fills at that
     moment) do not drag their idle past along.
     """
 
@@ -30,7 +30,6 @@ class Average:
         self.decay = decay
         self.updates = 0
         self.weights: dict[str, Tensor] = {}
-        self._averaged: set[str] = set()
         self._trained: set[str] = set()
 
     def see_gradients(self, model: nn.Module) -> None:
@@ -43,11 +42,10 @@ class Average:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         for name, parameter in model.named_parameters():
-            if name in self._averaged:
+            if name in self.weights:
                 self.weights[name].lerp_(parameter.float(), 1 - decay)
-            else:
+            elif name in self._trained:
                 self.weights[name] = parameter.detach().float().clone()
-        self._averaged = set(self._trained)
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, tokens: Tensor) -> Output:
@@ -65,20 +63,22 @@ class Average:
 
     def save(self) -> dict[str, object]:
         """JSON values and tensors from which `load` makes it again."""
-        weights = {_PREFIX + name: weight for name, weight in self.weights.items()}
-        return {"updates": self.updates, "averaged": sorted(self._averaged), **weights}
+        return {"updates": self.updates, **{_PREFIX + name: weight for name, weight in self.weights.items()}}
 
     def load(self, saved: Mapping[str, object]) -> None:
-        """Be what was saved."""
-        updates, averaged = saved["updates"], saved["averaged"]
-        if not isinstance(updates, int) or not isinstance(averaged, list):
+        """Be what was saved, where the weights are now; before there are any, where they were saved to."""
+        updates = saved["updates"]
+        if not isinstance(updates, int):
             raise TypeError("the saved average of the weights has another form than apt-align gives it")
-        self.updates, self._averaged, self._trained = updates, set(averaged), set(averaged)
+        here = next((weight.device for weight in self.weights.values()), None)
+        self.updates, self._trained = updates, set()
         self.weights = {
             name.removeprefix(_PREFIX): weight
             for name, weight in saved.items()
             if name.startswith(_PREFIX) and isinstance(weight, Tensor)
         }
+        if here is not None:
+            self.to(here)
 
     def to(self, device: torch.device) -> None:
         """Move it to where the model is."""

@@ -45,6 +45,8 @@ PROFILE, WEIGHTS, OPTIMIZER, EXTRA, STATE = (
     "extra.safetensors",
     "state.json",
 )
+OTHERS = "weights."
+"""What the names of tensors begin with that a plugin saves as other weights of the model: see `apt.training.weights`."""
 MANIFEST, LATEST, BEST = "manifest.json", "latest", "best"
 FORMAT = 2
 """Raised when older checkpoints can no longer be read."""
@@ -298,7 +300,7 @@ def restore(
     if fresh and names is None and saved["corpus"] != IMPORTED:
         raise CheckpointError(f"{folder}: holds no memory of the optimizer for {_listed(fresh)}")
     read_into(path, wanted)
-    return read_state(saved), _joined(saved["hooks"], load_file(folder / EXTRA)), fresh
+    return read_state(saved), _joined(saved["hooks"], load_file(folder / EXTRA), names or {}), fresh
 
 
 def restore_random(folder: Path, rank: int = 0) -> bool:
@@ -317,11 +319,18 @@ def _listed(words: Iterable[str], most: int = 5) -> str:
     return ", ".join(ordered[:most]) + (f" and {len(ordered) - most} more" if len(ordered) > most else "")
 
 
-def _joined(plain: Mapping[str, dict[str, object]], tensors: Mapping[str, Tensor]) -> dict[str, dict[str, object]]:
+def _joined(
+    plain: Mapping[str, dict[str, object]], tensors: Mapping[str, Tensor], names: Mapping[str, str]
+) -> dict[str, dict[str, object]]:
+    """What plugins saved; other weights of the model (`apt.training.weights`) by the names that it has now."""
+    now = {saved: name for name, saved in names.items() if saved}
     hooks = {plugin: dict(values) for plugin, values in plain.items()}
     for name, tensor in tensors.items():
         if name.startswith("hooks."):
             plugin, _, key = name.removeprefix("hooks.").partition("/")
+            if key.startswith(OTHERS):
+                kind, _, parameter = key.removeprefix(OTHERS).partition(".")
+                key = f"{OTHERS}{kind}.{now.get(parameter, parameter)}"
             # In the file tensors stand where they stand; products of what is not aligned differ in the last bit.
             hooks.setdefault(plugin, {})[key] = tensor.clone()
     return hooks

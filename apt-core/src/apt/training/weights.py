@@ -13,11 +13,10 @@ from safetensors import safe_open
 from torch import nn
 
 from apt.errors import CheckpointError
-from apt.training.checkpoint import EXTRA
+from apt.training.checkpoint import EXTRA, OTHERS
 
 TRAINED = "trained"
 """The name of the weights that the optimizer moved."""
-_PREFIX = "weights."
 
 
 def list_weights(folder: Path) -> list[str]:
@@ -53,7 +52,7 @@ def _keys(folder: Path) -> list[tuple[str, str, str]]:
     with safe_open(folder / EXTRA, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118
             _, _, saved = key.removeprefix("hooks.").partition("/")
-            if key.startswith("hooks.") and saved.startswith(_PREFIX):
-                name, _, parameter = saved.removeprefix(_PREFIX).partition(".")
+            if key.startswith("hooks.") and saved.startswith(OTHERS):
+                name, _, parameter = saved.removeprefix(OTHERS).partition(".")
                 found.append((name, parameter, key))
     return found
