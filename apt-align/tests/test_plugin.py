@@ -370,3 +370,15 @@ def test_the_named_aligners_say_what_cannot_work(
     made = config(**options).model_copy(update={"align_name": provider, **changes})
     with pytest.raises(ProfileError, match=message):
         AlignPlugin().apt_config_resolved(made)
+
+
+def test_what_a_run_went_back_to_is_not_the_beginning_of_the_next_one() -> None:
+    run = Run(state="ema")
+    run.start()
+    run.step()
+    saved = run.plugin.apt_checkpoint_save(state())
+    assert saved is not None
+    run.plugin.apt_checkpoint_load(state(), saved)
+    run.plugin.apt_training_end(state(), run.model)
+    run.plugin.apt_training_start(state(), Run(state="ema").model, run.optimizer)
+    assert run.plugin.apt_checkpoint_save(state()) == {"updates": 0}

@@ -81,7 +81,7 @@ class AlignPlugin(Plugin):
         """Leave the model as it was."""
         if self._hook is not None:
             self._hook.remove()
-        self._hook = self._earlier = self._seen = self._aligner = None
+        self._hook = self._earlier = self._seen = self._aligner = self._saved = None
 
     @hookimpl
     def apt_step_start(self, state: RunState) -> None:
