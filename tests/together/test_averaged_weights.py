@@ -69,7 +69,10 @@ def test_chat_and_generate_speak_with_them(
 
 
 def test_a_branch_with_experts_goes_on_with_the_average_of_the_trunk(run: Path, tmp_path: Path) -> None:
-    changes = ["model.ffn={provider: moe, expert: swiglu, experts: 2, capacity: null}", "schedules.enable_moe_at_step=32"]
+    changes = [
+        "model.ffn={provider: moe, expert: swiglu, experts: 2, capacity: null}",
+        "schedules.enable_moe_at_step=32",
+    ]
     words = [word for each in (*changes, "training.max_steps=33") for word in ("--set", each)]
     # At a rate of 0 the weights stay, so that their average moves towards them and no further.
     words += ["--plugins", "align", "moe", "--set", "training.learning_rate=1e-12"]
