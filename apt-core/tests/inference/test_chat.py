@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,7 +14,10 @@ import torch
 from apt.builtin.tokenizer import ByteTokenizer
 from apt.cli import main
 from apt.core.profile import load_profile
+from apt.core.providers import Plugin
+from apt.core.registry import registry
 from apt.errors import UserError
+from apt.hookspecs import NextToken, hookimpl
 from apt.inference.chat import Chat, render
 from apt.inference.sampling import Sampling
 from apt.modeling.compose import ModelBuilder
@@ -179,6 +183,32 @@ def test_piped_lines_are_turns_and_the_template_may_be_a_file(
     captured = capsys.readouterr()
     assert "/huh: no such command" in captured.err
     assert not re.search("^> ", captured.out, flags=re.MULTILINE)
+
+
+class Insistent(Plugin):
+    """Writes one letter."""
+
+    api_level: ClassVar[int] = 1
+
+    @hookimpl
+    def apt_logits_ready(self, next_token: NextToken) -> None:
+        next_token.logits = torch.full_like(next_token.logits, -torch.inf).index_fill(
+            -1, torch.tensor(3 + ord("z")), 0.0
+        )
+
+
+def test_the_run_s_plugins_have_their_say_in_a_conversation(
+    profile_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.register("plugin", "insistent", Insistent)
+    run, template = tmp_path / "run", tmp_path / "template.jinja"
+    words = ["--plugins", "insistent", "--set", "model.max_seq_len=64"]
+    assert main(["train", "-p", str(profile_file), "--out", str(run), *words]) == 0
+    template.write_text(TEMPLATE)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    capsys.readouterr()
+    assert main(["chat", str(run), "--template", str(template), "--max-new-tokens", "5"]) == 0
+    assert capsys.readouterr().out == "zzzzz\n"
 
 
 def test_ctrl_c_ends_a_reply_and_not_the_program(

@@ -14,6 +14,7 @@ from apt.cli.running import (
     add_run,
     add_sampling,
     add_weights,
+    hooks_of,
     load_weights,
     prepare_run,
 )
@@ -100,6 +101,7 @@ def _chat(arguments: argparse.Namespace) -> int:
         sampling=Sampling(arguments.temperature, arguments.top_k, arguments.top_p),
         seed=arguments.seed,
         special=run.special,
+        hooks=hooks_of(run),
         state=run.state,
     )
     _talk(chat)

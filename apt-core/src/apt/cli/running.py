@@ -324,7 +324,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     prepare_run(run, arguments, compiled=arguments.compile)
     prompts: list[str] = arguments.prompts
     options = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
-    options |= {"special": run.special, "hooks": _hooks(run, arguments.rag), "state": run.state}
+    options |= {"special": run.special, "hooks": hooks_of(run, arguments.rag), "state": run.state}
     # A decoder goes on from its prompt; an encoder-decoder's prompt is a source, and what it writes is a text of its own.
     shown = [""] * len(prompts) if run.config.architecture == "encoder_decoder" else prompts
     unsaid = [shown[0]]
@@ -356,8 +356,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _hooks(run: LoadedRun, rag: Path | None) -> HookRunner:
-    """The run's plugins that were on, and retrieval from `rag`."""
+def hooks_of(run: LoadedRun, rag: Path | None = None) -> HookRunner:
+    """Those of the run's plugins that were on, and retrieval from `rag`."""
     from apt.core.hooks import HookRunner
     from apt.core.registry import registry
 
