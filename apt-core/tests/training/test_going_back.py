@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from pydantic import PrivateAttr
 from rich.console import Console
 
@@ -39,6 +40,16 @@ class Poison(Plugin):
     _done: bool = PrivateAttr(default=False)
 
     @hookimpl
+    def apt_model_built(self, model: Any) -> None:
+        # As routers count, and memories remember: while a batch goes by.
+        model.register_buffer("seen", torch.zeros(()), persistent=False)
+
+        def count(module: Any, *_: object) -> None:
+            module.seen += int(module.training)
+
+        model.register_forward_hook(count)
+
+    @hookimpl
     def apt_epoch_end(self, state: RunState) -> None:
         self._epochs.append(state.epoch)
 
@@ -64,6 +75,12 @@ def train(profile: Path, out: Path, *sets: str, at: int = -1, damages: Path | No
 
 def told(out: Path, event: str) -> list[int]:
     return [int(str(each["step"])) for each in read_metrics(out) if each["event"] == event]
+
+
+def test_a_step_that_is_skipped_leaves_nothing_in_buffers(profile_file: Path, tmp_path: Path) -> None:
+    result = train(profile_file, tmp_path / "run", "training.on_nonfinite=skip", "training.max_steps=6", at=3)
+    assert told(tmp_path / "run", "nonfinite") == [3]
+    assert int(result.model.seen) == result.state.step - 1 == 5
 
 
 def test_going_back_over_the_end_of_an_epoch_counts_no_epoch_and_tells_no_step_twice(

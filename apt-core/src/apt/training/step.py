@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
@@ -69,6 +69,23 @@ class Step:
 
         Raises `NotFiniteError`, on all ranks, with nothing changed, where the loss or the gradient is not finite.
         """
+        with self._all_or_nothing():
+            return self._take(state, first)
+
+    @contextlib.contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Where the run goes on after a step that is not taken, buffers are put back: they have counted and remembered it."""
+        goes_on = self.config.training.on_nonfinite != "stop"
+        before = [(buffer, buffer.clone()) for buffer in self.model.buffers()] if goes_on else []
+        try:
+            yield
+        except NotFiniteError:
+            with torch.no_grad():
+                for buffer, was in before:
+                    buffer.copy_(was)
+            raise
+
+    def _take(self, state: RunState, first: int) -> Done:
         due = self.proof.due(state)
         self.proof.watch(due)
         micro = [self._batch(state, first + index) for index in range(self.config.training.accumulate)]
