@@ -170,4 +170,4 @@ def test_the_experts_inherit_what_the_optimizer_remembers(
     said = "muon trains" in output.getvalue()
     assert said is (optimizer == "muon")
     if said:
-        assert "stacks of experts, which muon cannot take" in output.getvalue()
+        assert "stacks of matrices, such as experts, which muon cannot take" in output.getvalue()

@@ -81,6 +81,19 @@ def test_decay_is_of_matrices_alone(profile_file: Path) -> None:
         assert sorted(grouped) == sorted(id(each) for each in model.parameters())
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_stack_of_vectors_is_no_matrix(profile_file: Path, optimizer: str) -> None:
+    config, model = build(profile_file, f"training.optimizer={optimizer}", "training.weight_decay=0.5")
+    experts = nn.Linear(8, 8)
+    experts.stacked = True  # type: ignore[assignment]
+    experts.weight, experts.bias = nn.Parameter(torch.ones(4, 8, 8)), nn.Parameter(torch.ones(4, 8))
+    model.get_submodule("blocks.0").add_module("experts", experts)
+    made = make_optimizer(model, config)  # type: ignore[arg-type]
+    decay = {id(each): group["weight_decay"] for group in made.param_groups for each in group["params"]}
+    assert (decay[id(experts.weight)], decay[id(experts.bias)]) == (0.5, 0.0)
+    assert made.state[experts.bias].keys() == made.state[experts.weight].keys() == {"step", "exp_avg", "exp_avg_sq"}
+
+
 def test_muon_takes_the_matrices_of_blocks_and_steps_with_adamw_as_one(profile_file: Path) -> None:
     config, model = build(profile_file, "training.optimizer=muon")
     made = make_optimizer(model, config)

@@ -51,6 +51,9 @@ def choose_backend(device: torch.device, largest: int, experts: int) -> Backend:
 class Experts(nn.Module):
     """`num_experts` independent layers of one provider, run together on rows that are sorted by expert."""
 
+    stacked = True
+    """For the optimizer: a bias [experts, out] is a stack of vectors, not a matrix."""
+
     def __init__(
         self, provider: FFNProvider, num_experts: int, d_model: int, d_ff: int, dropout: float, activation: str
     ) -> None:

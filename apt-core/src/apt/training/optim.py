@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import cast
 
 import torch
@@ -22,13 +22,16 @@ def make_optimizer(model: Decoder, config: APTConfig) -> Optimizer:
     parameter without a gradient is left alone: no decay, no step.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # What a module with `stacked = True` holds is many of one kind along the first dimension: a stack of vectors is no matrix.
+    modules = (module for module in model.modules() if getattr(module, "stacked", False))
+    stacked = {id(each) for module in modules for each in module.parameters()}
     if config.training.optimizer == "adamw":
-        optimizer: Optimizer = _adamw(parameters, config)
+        optimizer: Optimizer = _adamw(parameters, config, stacked)
     else:
         inside = {id(each) for block in model.all_blocks() for each in block.parameters()}
-        matrices = [each for each in parameters if each.dim() == 2 and id(each) in inside]
+        matrices = [each for each in parameters if each.dim() == 2 and id(each) in inside - stacked]
         chosen = {id(each) for each in matrices}
-        optimizer = MuonWithAdamW(matrices, [each for each in parameters if id(each) not in chosen], config)
+        optimizer = MuonWithAdamW(matrices, [each for each in parameters if id(each) not in chosen], config, stacked)
     for parameter in parameters:
         optimizer.state[parameter] = (
             {"momentum_buffer": torch.zeros_like(parameter)}
@@ -50,8 +53,10 @@ class MuonWithAdamW(Optimizer):
     arXiv:2502.16982, section 2.2).
     """
 
-    def __init__(self, matrices: Sequence[Tensor], others: Sequence[Tensor], config: APTConfig) -> None:
-        self.adamw = _adamw(others, config)
+    def __init__(
+        self, matrices: Sequence[Tensor], others: Sequence[Tensor], config: APTConfig, stacked: Container[int] = ()
+    ) -> None:
+        self.adamw = _adamw(others, config, stacked)
         self.muon = Muon(
             cast("Iterable[nn.Parameter]", matrices),
             lr=config.base_lr,
@@ -81,15 +86,15 @@ class MuonWithAdamW(Optimizer):
         rest = sum(len(group["params"]) for group in self.adamw.param_groups) - stacked
         return (
             f"muon trains {len(self._matrices)} matrices of the blocks; adamw the {rest} embeddings, heads and vectors"
-            + (f", and {stacked} stacks of experts, which muon cannot take" if stacked else "")
+            + (f", and {stacked} stacks of matrices, such as experts, which muon cannot take" if stacked else "")
         )
 
 
-def _adamw(parameters: Sequence[Tensor], config: APTConfig) -> AdamW:
-    """Loshchilov and Hutter 2019, arXiv:1711.05101."""
+def _adamw(parameters: Sequence[Tensor], config: APTConfig, stacked: Container[int]) -> AdamW:
+    """Loshchilov and Hutter 2019, arXiv:1711.05101. `stacked` holds the `id` of what has one dimension more than one of it."""
     alike: dict[tuple[object, bool], list[Tensor]] = {}
     for each in parameters:
-        alike.setdefault((mesh_of(each), each.dim() >= 2), []).append(each)
+        alike.setdefault((mesh_of(each), each.dim() - (id(each) in stacked) >= 2), []).append(each)
     groups = [
         {"params": each, "weight_decay": config.weight_decay if is_matrix else 0.0}
         for (_, is_matrix), each in alike.items()
