@@ -130,3 +130,9 @@ def test_pairs_that_cannot_be_read_are_named(tmp_path: Path, line: str, message:
     read = profile(tmp_path, lines=lines)
     with pytest.raises(DataError, match=message):
         Trainer(read.config, tmp_path / "run", resolved=read.resolved).fit()
+
+
+def test_an_id_that_starts_a_text_and_stands_within_one_is_refused(tmp_path: Path) -> None:
+    read = profile(tmp_path, ["model.bos_token_id=100"])
+    with pytest.raises(DataError, match=r"model\.bos_token_id: the tokenizer gives the id 100 within texts too"):
+        Trainer(read.config, tmp_path / "run", resolved=read.resolved).fit()

@@ -23,7 +23,10 @@ CHUNK = 2**24
 
 
 class PairSplit(TokenSplit):
-    """The pairs of a split; `starts` [2 * pairs + 1] is where each text stands, and where the last one ends."""
+    """The pairs of a split; `starts` [2 * pairs + 1] is where each text stands, and where the last one ends.
+
+    Raises `DataError` where the id that starts a text stands within one too.
+    """
 
     def __init__(self, tokens: TokenSplit, config: APTConfig) -> None:
         super().__init__(tokens.tokens, tokens.num_bytes, tokens.num_documents // 2)
@@ -33,6 +36,11 @@ class PairSplit(TokenSplit):
             np.flatnonzero(self.tokens[at : at + CHUNK] == self.bos) + at for at in range(0, len(self.tokens), CHUNK)
         ]
         self.starts: NDArray[np.int64] = np.concatenate([*found, [len(self.tokens)]]).astype(np.int64)
+        if len(self.starts) - 1 != tokens.num_documents:
+            raise DataError(
+                f"model.bos_token_id: the tokenizer gives the id {self.bos} within texts too, so none tells where one starts; "
+                "give the id that the tokenizer keeps for that"
+            )
 
     @property
     def num_pairs(self) -> int:
