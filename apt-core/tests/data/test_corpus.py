@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from apt.builtin.tokenizer import ByteTokenizer
 from apt.core.config import APTConfig, Training
-from apt.core.providers import Document
+from apt.core.providers import Document, Pair
 from apt.data.corpus import SPLITS, Corpus, require, split_of, steps_per_epoch
 from apt.data.tokens import TokenSplit, TokenWriter
 from apt.errors import DataError
@@ -81,6 +81,11 @@ def test_how_a_text_comes_does_not_matter(texts: list[str]) -> None:
     if len(texts) < 10:
         parts = texts_of(whole)
         assert ["".join(each) for each in zip(*(parts[split] for split in SPLITS), strict=True)] == texts
+
+
+def test_where_a_source_ends_tells_corpora_of_pairs_apart() -> None:
+    one, other = [Pair("a", "\nof it", "source")], [Pair("a", "of it", "source\n")]
+    assert Corpus.scan(Texts(one)).digest != Corpus.scan(Texts(other)).digest
 
 
 def test_no_text_is_in_two_splits() -> None:

@@ -102,6 +102,9 @@ class _Digest:
             name = document.name.encode()
             self._hash.update(len(name).to_bytes(8, "little") + name)
             self._hash.update(document.num_bytes.to_bytes(8, "little"))
+            if isinstance(document, Pair):
+                # Two texts: where the one ends and the other begins tells pairs apart too.
+                self._hash.update(len(document.source.encode()).to_bytes(8, "little"))
             for piece in document.pieces():
                 self._hash.update(piece.encode())
                 yield piece
