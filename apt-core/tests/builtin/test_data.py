@@ -49,6 +49,21 @@ def test_files_are_found_by_name_folder_glob_and_list(tmp_path: Path, monkeypatc
     assert names(["sub"]) == ["sub/c.txt"]
 
 
+def test_links_that_lead_back_in_a_circle_give_no_file_twice(tmp_path: Path) -> None:
+    (tmp_path / "texts/sub").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("texts/a.txt", "texts/sub/b.txt", "texts/.hidden.txt", "elsewhere/c.txt"):
+        (tmp_path / name).write_text(f"text of {name}")
+    # Two of them: followed to the system's limit there would be 2^40 paths.
+    for link in ("up", "again"):
+        (tmp_path / "texts/sub" / link).symlink_to(tmp_path / "texts")
+    (tmp_path / "texts/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "texts")
+    names = ["a.txt", "link/c.txt", "sub/b.txt"]
+    for path in ("texts/**/*.txt", "texts/**"):
+        assert [document.name for document in Files(path=str(tmp_path / path)).read()] == names
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import glob
 import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from apt.core.providers import Document
@@ -53,7 +54,33 @@ def _find(asked: str, pattern: str) -> tuple[Path, list[Path]]:
     if path.is_dir():
         return path, [each for each in path.rglob(pattern) if each.is_file()]
     fixed = Path(*(part for part in _until_magic(path.parts)))
-    return fixed, [Path(each) for each in glob.iglob(str(path), recursive=True) if Path(each).is_file()]
+    return fixed, [each for each in _matching(Path(), path.parts) if each.is_file()]
+
+
+def _matching(root: Path, parts: Sequence[str]) -> Iterator[Path]:
+    """What a glob of these parts matches below `root`: as `glob` has it, but a link that leads back in a circle ends there."""
+    before = parts[: parts.index("**")] if "**" in parts else parts
+    found = map(root.joinpath, glob.iglob(os.path.join(*before), root_dir=root)) if before else iter((root,))
+    if "**" not in parts:
+        yield from found
+        return
+    after = parts[len(before) + 1 :] or ("*",)
+    for start in found:
+        for folder in _folders(start, frozenset()):
+            yield from _matching(folder, after)
+
+
+def _folders(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
+    """A folder and those below it; hidden ones, which `glob` leaves out, and those that are `above` are not."""
+    real = folder.resolve()
+    if real in above:
+        return
+    yield folder
+    inside: list[Path] = []
+    with contextlib.suppress(OSError):  # what may not be looked into, or is no folder
+        inside = sorted(each for each in folder.iterdir() if not each.name.startswith(".") and each.is_dir())
+    for each in inside:
+        yield from _folders(each, above | {real})
 
 
 def _until_magic(parts: Iterable[str]) -> Iterator[str]:
