@@ -26,7 +26,7 @@ from apt.hookspecs import hookimpl
 from apt.training.checkpoint import list_checkpoints, load_run, read_saved
 from apt.training.record import read_metrics
 from apt.training.trainer import RunResult, Trainer
-from apt.training.watch import SpikeDetector, Stopwatch
+from apt.training.watch import LASTING, SpikeDetector, Stopwatch
 
 
 class Layer(nn.Module):
@@ -331,6 +331,9 @@ def test_a_loss_that_spikes_is_reported(profile_file: Path, tmp_path: Path) -> N
     assert not any(detector.is_spike(loss) for loss in calm)
     assert detector.is_spike(3.0)
     assert not detector.is_spike(2.01)
+    # A loss that stays where it has risen to is a spike no more.
+    assert sum(detector.is_spike(loss + 1.0) for loss in calm) == LASTING
+    assert detector.is_spike(4.0)
     train(
         profile_file,
         tmp_path / "run",

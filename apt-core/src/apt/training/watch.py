@@ -46,20 +46,32 @@ class Stopwatch:
             self._since += time.perf_counter() - start
 
 
+LASTING = 10
+"""Steps in a row whose losses are spikes, after which they are none: the loss has moved."""
+
+
 class SpikeDetector:
     """Says which losses lie far above those of the last `window` steps."""
 
     def __init__(self, deviations: float, window: int = 50) -> None:
-        self.deviations = deviations
+        self.deviations, self._row = deviations, 0
         self._last: deque[float] = deque(maxlen=window)
 
     def is_spike(self, loss: float) -> bool:
-        """Whether this step's loss is one; a spike does not count in what later ones are held against."""
+        """Whether this step's loss is one.
+
+        A spike does not count in what later ones are held against; where all are spikes, they are held against where the loss
+        is now.
+        """
         if len(self._last) == self._last.maxlen:
             mean = sum(self._last) / len(self._last)
             deviation = math.sqrt(sum((each - mean) ** 2 for each in self._last) / len(self._last))
             if loss > mean + self.deviations * deviation:
-                return True
+                self._row += 1
+                if self._row <= LASTING:
+                    return True
+                self._last.clear()
+        self._row = 0
         self._last.append(loss)
         return False
 
