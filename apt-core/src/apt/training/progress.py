@@ -14,6 +14,8 @@ from apt.hookspecs import RunState
 
 PLAIN_EVERY = 10.0
 """Seconds between lines where the output is no terminal."""
+RECENT = 3600.0
+"""Seconds whose steps say how long the rest takes; two reports must fall into them, however slow the steps are."""
 
 
 class _Bar(Progress):
@@ -34,7 +36,7 @@ class Report:
     def __init__(self, console: Console, name: str, done: int, total: int) -> None:
         self.console, self.total = console, total
         self._bar = _Bar(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -42,6 +44,7 @@ class Report:
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
+            speed_estimate_period=RECENT,
             transient=True,
             expand=True,
         )
