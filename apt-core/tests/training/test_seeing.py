@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
@@ -106,7 +107,7 @@ def test_samples_are_drawn_at_each_evaluation_and_change_nothing(profile_file: P
 
 
 def test_the_folder_describes_itself(profile_file: Path, tmp_path: Path) -> None:
-    result, _ = train(profile_file, tmp_path / "run")
+    result, _ = train(profile_file, tmp_path / "a run", 'evaluation.sample_prompt=say "hi"')
     folder = result.folder
     assert (folder / "profile" / "small.yaml").read_text() == profile_file.read_text()
     assert json.loads((folder / "lock.json").read_text()) == make_lock(result.resolved).to_dict()
@@ -119,7 +120,8 @@ def test_the_folder_describes_itself(profile_file: Path, tmp_path: Path) -> None
     for part in ("## Results", "## Use", "## Training data", "## Providers", "## Limitations", "## Files"):
         assert f"\n{part}\n" in card
     assert record["corpus_sha256"] in card
-    assert f"apt-core generate {folder} --prompt" in card
+    (command,) = (line for line in card.splitlines() if line.startswith("$ "))
+    assert shlex.split(command) == ["$", "apt-core", "generate", str(folder), "--prompt", 'say "hi"']
 
 
 def test_the_share_of_the_peak_is_said_where_it_is_known(profile_file: Path, tmp_path: Path) -> None:
@@ -143,14 +145,25 @@ def test_known_gpus_have_a_peak_and_others_have_none() -> None:
     assert peak_flops(torch.device("cpu"), "fp32", 5e11) == 5e11
 
 
+def test_the_time_that_is_left_is_told_however_slow_the_steps_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, output = [0.0], io.StringIO()
+    monkeypatch.setattr("apt.training.progress.time.monotonic", lambda: now[0])
+    with Report(Console(file=output, width=200, get_time=lambda: now[0]), "slow", 0, 40) as report:
+        for step in (10, 20, 30):
+            now[0] += 60.0
+            report.step(RunState(step, 0, 40, 1), 2.0, 9.0, None, 1e-3)
+    assert output.getvalue().splitlines()[-1].endswith("60 s left")
+
+
 def test_a_terminal_shows_the_numbers_under_the_bar() -> None:
     output = io.StringIO()
     console = Console(file=output, force_terminal=True, width=100)
-    with Report(console, "small (0.01 M)", 0, 10) as report:
+    with Report(console, "small [v2] (0.01 M)", 0, 10) as report:
         report.step(RunState(3, 0, 10, 1, ("moe", "align"), {"route_temp": 1.25}), 2.5, 1234.0, 0.414, 3e-3)
         report._bar.refresh()
     seen = output.getvalue()
     for words in (
+        "small [v2] (0.01 M)",
         "loss 2.500",
         "1,234 tok/s",
         "MFU 41.4%",

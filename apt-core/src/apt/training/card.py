@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -49,14 +51,14 @@ def write_card(
 {_HELD_OUT if corpus else ""}{_PICTURE if (folder / PLOT).is_file() else ""}## Use
 
 ```console
-$ apt-core generate {folder}{allow} --prompt "{config.evaluation.sample_prompt or "Once"}"
+$ apt-core generate {shlex.quote(str(folder))}{allow} --prompt {shlex.quote(config.evaluation.sample_prompt or "Once")}
 ```
 
 ```python
 from apt.inference.generate import generate
 from apt.training.checkpoint import load_run
 
-run = load_run("{folder}"{", allow_local_code=True" if code else ""})
+run = load_run({json.dumps(str(folder))}{", allow_local_code=True" if code else ""})
 print(generate(run.model, run.tokenizer, "Once", max_new_tokens=100, temperature=0.8).text)
 ```
 
