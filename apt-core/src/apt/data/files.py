@@ -60,7 +60,7 @@ def _find(asked: str, pattern: str) -> tuple[Path, list[Path]]:
 def _matching(root: Path, parts: Sequence[str]) -> Iterator[Path]:
     """What a glob of these parts matches below `root`: as `glob` has it, but a link that leads back in a circle ends there."""
     before = parts[: parts.index("**")] if "**" in parts else parts
-    found = map(root.joinpath, glob.iglob(os.path.join(*before), root_dir=root)) if before else iter((root,))
+    found = [root.joinpath(each) for each in glob.iglob(os.path.join(*before), root_dir=root)] if before else [root]
     if "**" not in parts:
         yield from found
         return

@@ -28,8 +28,8 @@ def make_optimizer(model: Decoder, config: APTConfig) -> Optimizer:
     if config.training.optimizer == "adamw":
         optimizer: Optimizer = _adamw(parameters, config, stacked)
     else:
-        inside = {id(each) for block in model.all_blocks() for each in block.parameters()}
-        matrices = [each for each in parameters if each.dim() == 2 and id(each) in inside - stacked]
+        inside = {id(each) for block in model.all_blocks() for each in block.parameters()} - stacked
+        matrices = [each for each in parameters if each.dim() == 2 and id(each) in inside]
         chosen = {id(each) for each in matrices}
         optimizer = MuonWithAdamW(matrices, [each for each in parameters if id(each) not in chosen], config, stacked)
     for parameter in parameters:
