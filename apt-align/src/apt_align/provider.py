@@ -101,8 +101,8 @@ class BiState(Consistency):
     `state` says where the two come from: `dropout`, two passes with different dropout (it doubles forward and
     backward; Liang et al. 2021, arXiv:2106.14448); `ema`, a pass of the averaged weights and the model's own (one
     forward more); `layer`, the last layer and an earlier one of the same pass (nearly free); `evidence`, what followed
-    the most similar states of earlier batches, and the model's own prediction (nearly free; see
-    `apt_align.evidence.Evidence`).
+    the most similar states of earlier batches, and the model's own prediction (a search through a memory, which a
+    small model's step feels; see `apt_align.evidence.Evidence`).
     """
 
     alpha: float = Field(default=0.35, ge=0, description="how strongly the stable state teaches")

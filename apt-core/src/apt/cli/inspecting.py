@@ -316,7 +316,7 @@ def _align_cost(cost: Estimate) -> str:
     """What alignment costs, in words."""
     forward, backward = cost.extra_passes
     if not forward:
-        return "align needs no further pass of the model: a training step costs nearly what it does without it."
+        return "align needs no further pass of the model; what it computes beside, such as a search for evidence, is not counted."
     multiple = "doubles the forward pass" if forward == 1 else f"makes {forward + 1} forward passes of one"
     if backward:
         multiple += " and the backward pass" + ("es" if backward > 1 else "")
