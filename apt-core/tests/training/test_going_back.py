@@ -83,6 +83,14 @@ def test_a_step_that_is_skipped_leaves_nothing_in_buffers(profile_file: Path, tm
     assert int(result.model.seen) == result.state.step - 1 == 5
 
 
+def test_losses_of_a_course_that_was_left_stand_in_no_mean(profile_file: Path, tmp_path: Path) -> None:
+    sets, losses = ["training.save_every=4", "training.max_steps=8"], []
+    for every in (1, 4):
+        folder = train(profile_file, tmp_path / str(every), *sets, f"monitoring.log_every={every}", at=5).folder
+        losses.append([float(str(each["loss"])) for each in read_metrics(folder) if each["event"] == "train"])
+    assert losses[1][-1] == pytest.approx(sum(losses[0][-4:]) / 4, rel=1e-6)
+
+
 def test_going_back_over_the_end_of_an_epoch_counts_no_epoch_and_tells_no_step_twice(
     profile_file: Path, tmp_path: Path
 ) -> None:

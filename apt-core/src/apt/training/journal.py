@@ -48,6 +48,10 @@ class Journal:
         """What happens in here is not training time."""
         return self._watch.paused()
 
+    def forget(self) -> None:
+        """The run goes back: what was summed since the last line belongs to a course that is left."""
+        self._watch.read()
+
     def stepped(self, done: Done) -> None:
         """A step was taken: it is counted, and told where it is time to. All ranks call it."""
         for name, loss in done.losses.items():

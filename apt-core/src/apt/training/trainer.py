@@ -360,6 +360,7 @@ class Trainer:
         self.left_out += read - self.state.step
         if written is not None:
             self.journal.metrics.cut(read_saved(folder)["progress"]["metrics"])
+        self.journal.forget()
         self.journal.not_finite(at, "rewind", str(error))
         self.journal.line(f"{error}; back to step {self.state.step}, what was read since is left out")
 
