@@ -63,12 +63,18 @@ MODES = {
     "muon": ("training.optimizer=muon", "training.accumulate=2"),
     "pairs": ("model.architecture=encoder_decoder",),
 }
+WHERE = {
+    "compiled": ("attention", "ffn", "router"),
+    "muon": ("attention", "ffn"),
+    "pairs": ("attention", "ffn", "router"),
+}
+"""The kinds of parts for which a mode is one of its own; the others, all of them."""
 CASES = [
     pytest.param(sets, mode, id=" ".join(filter(None, (kind, name, variant))) + f", {mode}", marks=marks)
     for (kind, name), variants in PARTS.items()
     for variant, sets in variants.items()
     for mode in MODES
-    if mode != "pairs" or kind in ("attention", "ffn", "router")
+    if kind in WHERE.get(mode, (kind,))
     for marks in ([] if mode == "as it is" and variant in ("", "dropout") else [pytest.mark.thorough],)
 ]
 
