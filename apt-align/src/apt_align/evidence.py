@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from apt.layers.sharded import has_ranks
 from apt_align.functional import unrounded
 
 
@@ -68,9 +69,8 @@ class Evidence(nn.Module):
 
 def _of_all_ranks(rows: Tensor) -> Tensor:
     """The rows of all ranks, one rank after the other; alone, the rows themselves. Each rank has as many."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not has_ranks():
         return rows
-    parts = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(parts, rows.contiguous())
+    parts = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, rows.contiguous())
     return torch.cat(parts)

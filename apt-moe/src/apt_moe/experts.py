@@ -126,7 +126,8 @@ class Experts(nn.Module):
 
     def _one_by_one(self, rows: Tensor, offsets: Tensor) -> Tensor:
         # unbind, not weight[e]: each index would make a gradient of the full stack's size.
-        stacks = {name: stack.unbind(0) for name, stack in self._held()}
+        held = {name: _local(stack) for name, stack in self.layer.named_parameters()}
+        stacks = {name: stack.unbind(0) for name, stack in held.items()}
         pieces, start = [], 0
         for expert, end in enumerate(offsets.tolist()):
             if end > start:
@@ -136,14 +137,10 @@ class Experts(nn.Module):
             start = end
         if not pieces:
             # Gradients of zeros all the same: ranks that share experts out wait for one another on the way back.
-            nothing = rows[:0].sum() + sum(stack[:0].sum() for _, stack in self._held())
+            nothing = rows[:0].sum() + sum(stack[:0].sum() for stack in held.values())
             return torch.zeros_like(rows) + nothing
         pieces.append(rows.new_zeros(rows.shape[0] - start, rows.shape[1]))
         return torch.cat(pieces)
-
-    def _held(self) -> list[tuple[str, Tensor]]:
-        """The stacks, of this rank's experts where they are shared out."""
-        return [(name, _local(stack)) for name, stack in self.layer.named_parameters()]
 
 
 class _Grouped(TorchFunctionMode):

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from apt.layers.sharded import has_ranks
+
 
 def load_balance_loss(logits: Tensor, expert_mask: Tensor) -> Tensor:
     """E sum_e f_e P_e: 1 when the load is balanced, towards E / k when k experts take everything.
@@ -92,8 +94,7 @@ def over_ranks(counts: Tensor) -> Tensor:
 
 
 def _num_ranks() -> int:
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    return torch.distributed.get_world_size() if has_ranks() else 1
 
 
 def _mean(values: Tensor, counted: Tensor | None) -> Tensor:

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
+def has_ranks() -> bool:
+    """Whether this process is one of a group of ranks, were it a group of one."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def mesh_of(tensor: Tensor) -> DeviceMesh | None:
     """The ranks that a tensor is split over; None where this process holds all of it. Arithmetic does not mix meshes."""
     return tensor.device_mesh if is_sharded(tensor) else None  # type: ignore[attr-defined]
@@ -24,8 +29,7 @@ def mesh_of(tensor: Tensor) -> DeviceMesh | None:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this process holds a part of the tensor only."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not has_ranks():
         return False
     from torch.distributed.tensor import DTensor  # a third of a second, that one process never pays
 
@@ -63,8 +67,7 @@ def let_go(model: nn.Module) -> None:
 
     Until then modules show whole parameters that are not the ones which are trained: what is written to them is lost.
     """
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not has_ranks():
         return
     from torch.distributed.fsdp import FSDPModule
 
