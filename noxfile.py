@@ -36,6 +36,8 @@ DECLARED_OTHERWISE = (
 WHEELS = Path("dist")
 LENT = Path(".nox", "lent").resolve()
 
+with_lent = functools.partial(nox.session, venv_params=["--without-pip"])
+
 Made = TypeVar("Made")
 
 
@@ -88,7 +90,10 @@ def lend(session: nox.Session) -> str:
 
 
 def install(session: nox.Session, names: tuple[str, ...], *others: str) -> None:
-    """Installs these wheels of ours, and others' packages, into the session's environment, and lends it what it needs."""
+    """Installs these wheels of ours, and others' packages, into the session's environment, and lends it what it needs.
+
+    What it is lent includes pip: `with_lent` makes the environment without one of its own.
+    """
     folder = lend(session)
     Path(packages_of(session, "python"), "lent.pth").write_text(f"import site; site.addsitedir({folder!r})\n")
     wheels = build(session)
@@ -100,7 +105,7 @@ def pytest(session: nox.Session, *arguments: str, **environment: str) -> None:
     session.run("python", "-m", "pytest", "-q", CALM, *arguments, *session.posargs, env={**ENVIRONMENT, **environment})
 
 
-@nox.session
+@with_lent
 @nox.parametrize("packages", [*DISTRIBUTIONS, "together"])
 def tests(session: nox.Session, packages: str) -> None:
     """One distribution from its wheel, with apt-core where it needs it and nothing else of ours; then all of them."""
@@ -109,21 +114,21 @@ def tests(session: nox.Session, packages: str) -> None:
     pytest(session, "-n", "2", "tests" if together else f"{packages}/tests")
 
 
-@nox.session
+@with_lent
 def thorough(session: nox.Session) -> None:
     """Further cases of what the other tests cover, which would make the ordinary command long; all packages together."""
     install(session, DISTRIBUTIONS)
     pytest(session, "-n", "2", "-m", "thorough", "tests", *(f"{name}/tests" for name in DISTRIBUTIONS))
 
 
-@nox.session
+@with_lent
 def extras(session: nox.Session) -> None:
     """The extras that the other sessions do without, and the tests that they skip."""
     install(session, ("apt-core",), *sorted({*declared("apt-core", *MORE_EXTRAS)} - {*declared("apt-core")}))
     pytest(session, "-rs", "apt-core/tests/builtin/test_loggers.py", "apt-core/tests/builtin/test_datasets.py")
 
 
-@nox.session
+@with_lent
 def authors(session: nox.Session) -> None:
     """The packages of others: the one to copy, as its README says, with apt-core alone; the example beside all of ours."""
     install(session, ("apt-core",), "./template")
@@ -132,7 +137,7 @@ def authors(session: nox.Session) -> None:
     pytest(session, "examples/apt-voter/tests")
 
 
-@nox.session
+@with_lent
 def docs(session: nox.Session) -> None:
     """Every block of code in the README and the docs runs."""
     install(session, DISTRIBUTIONS)
@@ -140,7 +145,7 @@ def docs(session: nox.Session) -> None:
     pytest(session, "-p", "blocks", *pages, PYTHONPATH="docs")
 
 
-@nox.session
+@with_lent
 def types(session: nox.Session) -> None:
     """mypy --strict over the five packages."""
     install(session, DISTRIBUTIONS)
@@ -152,8 +157,8 @@ def imports(session: nox.Session) -> None:
     """Who may import whom, what is declared, and that what only looks at profiles works where PyTorch is not installed."""
     wheels = build(session)
     without_torch = [requirement for requirement in declared("apt-core") if not requirement.startswith("torch")]
-    session.install("--quiet", "--no-deps", *(wheels[name] for name in DISTRIBUTIONS))
-    session.install("--quiet", *without_torch, "import-linter>=2.5", "deptry>=0.25")
+    session.install("--quiet", "--no-compile", "--no-deps", *(wheels[name] for name in DISTRIBUTIONS))
+    session.install("--quiet", "--no-compile", *without_torch, "import-linter>=2.5", "deptry>=0.25")
     session.run("lint-imports")
     for name in DISTRIBUTIONS:
         with session.chdir(name):

@@ -197,7 +197,7 @@ def start(profile: Path, out: Path, *words: str) -> subprocess.Popen[str]:
     return process
 
 
-@both
+@pytest.mark.parametrize("parallel", [DDP, pytest.param(FSDP, marks=thorough)], ids=["ddp", "fsdp"])
 def test_a_rank_that_dies_ends_the_run_with_its_name(profile: Path, tmp_path: Path, parallel: list[str]) -> None:
     process = start(profile, tmp_path / "run", *parallel)
     workers = [each for each in psutil.Process(process.pid).children() if "apt" in each.cmdline()]

@@ -177,11 +177,8 @@ Trainer(load_profile(sys.argv[1], sets=["training.async_save=true"]).config, sys
 """
 
 
-@pytest.mark.parametrize(
-    "program",
-    [STUCK, pytest.param(SLOW, marks=pytest.mark.thorough)],
-    ids=["in a step", "while a thread writes"],
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("program", [STUCK, SLOW], ids=["in a step", "while a thread writes"])
 def test_a_second_signal_leaves_at_once(tiny: APTConfig, tmp_path: Path, program: str) -> None:
     profile, script, sign = tmp_path / "profile.yaml", tmp_path / "stuck.py", tmp_path / "sign"
     profile.write_text(dump_profile(saving_often(tiny)))

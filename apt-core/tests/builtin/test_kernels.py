@@ -16,7 +16,10 @@ from apt.errors import OptionsError, ProfileError, UserError
 from apt.layers.attend import attend
 from apt.training.trainer import Trainer
 
-OPTIONS = [{}, {"window": 5}, {"num_kv_heads": 2, "qk_norm": True}, {"positions": "none", "num_kv_heads": 1}]
+OPTIONS = [
+    {"window": 5, "num_kv_heads": 2, "qk_norm": True},
+    *(pytest.param(each, marks=pytest.mark.thorough) for each in ({}, {"positions": "none", "num_kv_heads": 1})),
+]
 
 
 def mask(seq: int) -> Tensor:
