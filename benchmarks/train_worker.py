@@ -2,12 +2,14 @@
 
 ``python train_worker.py CASE`` where CASE is a JSON object; it runs in the contestant's own interpreter and imports nothing of
 apt unless the contestant is apt. Lines on standard output: {"ready": parameters} when it is warm; for each number read from
-standard input, so many steps and {"seconds": s}; at the end of input {"peak_mb": m}.
+standard input, so many steps and {"seconds": s}; at the end of input {"peak_mb": m}. On a GPU a step
+that is not counted comes before.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import resource
@@ -16,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 Step = Callable[[], None]
 OUT = os.fdopen(os.dup(1), "w", buffering=1)
@@ -33,16 +36,85 @@ def main() -> None:
     if case["kind"] == "apt":
         train_apt(case)
     else:
-        step, parameters = {"nanogpt": make_nanogpt, "llama": make_llama, "litgpt": make_litgpt}[case["kind"]](case)
-        for _ in range(case["warm"]):
-            step()
+        make = {"nanogpt": make_nanogpt, "llama": make_llama, "litgpt": make_litgpt}[case["kind"]]
+        with seat(case):
+            step, parameters = make(case)
+            for _ in range(case["warm"]):
+                step()
+            forget(case)
         say(ready=parameters)
         for count in wanted():
-            start = time.perf_counter()
+            if on_gpu(case):
+                step()  # takes the memory again
+            start = clock(case)
             for _ in range(count):
                 step()
-            say(seconds=time.perf_counter() - start)
-    say(peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+            seconds = clock(case) - start
+            rest(case)
+            say(seconds=seconds)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    say(peak_mb=torch.cuda.max_memory_allocated() / 2**20 if on_gpu(case) else peak)
+
+
+def on_gpu(case: dict) -> bool:
+    """Whether it trains on a GPU."""
+    return case["device"] == "cuda"
+
+
+def clock(case: dict) -> float:
+    """Seconds; on a GPU when all that was asked of it is done."""
+    if on_gpu(case):
+        import torch
+
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def rest(case: dict) -> None:
+    """Leave the memory of a GPU to the others, but for what is held."""
+    if on_gpu(case):
+        import torch
+
+        torch.cuda.empty_cache()
+
+
+def forget(case: dict) -> None:
+    """The start is over: what it took does not count."""
+    if on_gpu(case):
+        import torch
+
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+@contextlib.contextmanager
+def seat(case: dict) -> Iterator[None]:
+    """One of the places on the GPU while it warms up; elsewhere nobody waits."""
+    if not case["seats"]:
+        yield
+        return
+    files = [open(name, "w") for name in case["seats"]]  # noqa: SIM115
+    taken = None
+    while taken is None:
+        for file in files:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                taken = file
+                break
+        else:
+            time.sleep(0.1)
+    try:
+        yield
+    finally:
+        fcntl.flock(taken, fcntl.LOCK_UN)
+
+
+def autocast(case: dict) -> contextlib.AbstractContextManager:
+    """bfloat16 products where it is asked for."""
+    import torch
+
+    return torch.autocast(case["device"], torch.bfloat16, enabled=case["precision"] == "bf16")
 
 
 def say(**values: object) -> None:
@@ -57,7 +129,10 @@ def wanted() -> Iterator[int]:
 
 
 def batches(case: dict, together: bool) -> Callable[[], tuple]:
-    """Windows at random places of a memory map: sliced one by one as nanoGPT does, or gathered at once."""
+    """Windows at random places of a memory map: sliced one by one as nanoGPT does, or gathered at once.
+
+    To a GPU they go from pinned memory, and nothing waits for them.
+    """
     import numpy as np
     import torch
 
@@ -68,20 +143,26 @@ def batches(case: dict, together: bool) -> Callable[[], tuple]:
         starts = torch.randint(len(data) - block, (size,))
         x = torch.stack([torch.from_numpy(data[i : i + block].astype(np.int64)) for i in starts])
         y = torch.stack([torch.from_numpy(data[i + 1 : i + 1 + block].astype(np.int64)) for i in starts])
-        return x, y
+        return send(x), send(y)
+
+    def send(x: torch.Tensor) -> torch.Tensor:
+        return x.pin_memory().to("cuda", non_blocking=True) if on_gpu(case) else x
 
     data = np.memmap(case["data"], dtype=np.uint16, mode="r")
 
     def gathered() -> tuple:
         starts = np.random.randint(len(data) - block, size=size)
         both = torch.from_numpy(data[starts[:, None] + np.arange(block + 1)].astype(np.int64))
-        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+        return send(both[:, :-1].contiguous()), send(both[:, 1:].contiguous())
 
     return gathered if together else sliced
 
 
 def make_nanogpt(case: dict) -> tuple[Step, int]:
-    """nanoGPT's model with the loop of its train.py: its batches, its optimizer, its clipping, a loss read every step."""
+    """nanoGPT's model with the loop of its train.py: its batches, its optimizer, its clipping.
+
+    The loss is read every step; on a GPU, where reading is waiting, every tenth, as it does itself.
+    """
     import torch
 
     sys.path.insert(0, case["path"])
@@ -96,30 +177,35 @@ def make_nanogpt(case: dict) -> tuple[Step, int]:
         dropout=0.0,
         bias=False,
     )
-    model = GPT(config)
+    if on_gpu(case):
+        torch.backends.cuda.matmul.allow_tf32 = True
+    model = GPT(config).to(case["device"])
     parameters = sum(each.numel() for each in model.parameters())
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), case["device"])
     runs = torch.compile(model) if case["compile"] else model
     get = batches(case, together=False)
-    batch = get()
+    batch, number = get(), 0
 
     def step() -> None:
-        nonlocal batch
+        nonlocal batch, number
         for group in optimizer.param_groups:
             group["lr"] = 1e-3
-        _, loss = runs(*batch)
+        with autocast(case):
+            _, loss = runs(*batch)
         batch = get()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        loss.item()
+        if not on_gpu(case) or number % 10 == 0:
+            loss.item()
+        number += 1
 
     return step, parameters
 
 
 def make_llama(case: dict) -> tuple[Step, int]:
-    """transformers' Llama with what its Trainer does: fused AdamW, clipping, its own loss."""
+    """transformers' Llama with what its Trainer does: fused AdamW, clipping, its own loss, which is looked at every step."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -134,14 +220,15 @@ def make_llama(case: dict) -> tuple[Step, int]:
         attn_implementation="sdpa",
         use_cache=False,
     )
-    model = LlamaForCausalLM(config).train()
+    model = LlamaForCausalLM(config).train().to(case["device"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
     runs = torch.compile(model) if case["compile"] else model
     get = batches(case, together=True)
 
     def step() -> None:
         tokens, targets = get()
-        loss = runs(input_ids=tokens, labels=tokens, shift_labels=targets).loss
+        with autocast(case):
+            loss = runs(input_ids=tokens, labels=tokens, shift_labels=targets).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -152,7 +239,7 @@ def make_llama(case: dict) -> tuple[Step, int]:
 
 
 def make_litgpt(case: dict) -> tuple[Step, int]:
-    """LitGPT's model in Llama's shape, with the loss and optimizer of its pretraining."""
+    """LitGPT's model in Llama's shape, with the loss and optimizer of its pretraining; bf16-mixed gives float32 logits."""
     import torch
     from litgpt import GPT, Config
     from litgpt.utils import chunked_cross_entropy
@@ -173,13 +260,18 @@ def make_litgpt(case: dict) -> tuple[Step, int]:
     )
     model = GPT(config)
     model.lm_head.weight = model.transformer.wte.weight
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
+    model.to(case["device"])
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=on_gpu(case) or None
+    )
     runs = torch.compile(model) if case["compile"] else model
     get = batches(case, together=True)
 
     def step() -> None:
         tokens, targets = get()
-        loss = chunked_cross_entropy(runs(tokens), targets)
+        with autocast(case):
+            logits = runs(tokens)
+        loss = chunked_cross_entropy(logits.float(), targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -190,40 +282,83 @@ def make_litgpt(case: dict) -> tuple[Step, int]:
 
 def train_apt(case: dict) -> None:
     """apt's own trainer as a user runs it, held after each so many steps by a plugin's hook."""
+    import numpy as np
     from pydantic import PrivateAttr
     from rich.console import Console
 
     from apt.core.profile import load_profile
-    from apt.core.providers import Plugin
+    from apt.core.providers import Plugin, TokenizerProvider
     from apt.core.registry import registry
-    from apt.hookspecs import RunState, hookimpl
+    from apt.hookspecs import hookimpl
     from apt.training.trainer import Trainer
+
+    class Threes:
+        """A token is three letters; ids are spread over the vocabulary."""
+
+        vocab_size = case["vocab"]
+
+        def encode(self, text: str) -> list[int]:
+            return self.encode_array(text).tolist()
+
+        def encode_array(self, text: str) -> object:
+            letters = np.frombuffer(text.encode(), np.uint8).astype(np.uint32)[: len(text) // 3 * 3] - ord("a")
+            first, second, third = letters.reshape(-1, 3).T
+            return ((first * 26 + second) * 26 + third) * (case["vocab"] // 26**3) + 3
+
+        def decode(self, ids: object) -> str:
+            return ""
+
+        def save(self, folder: Path) -> None:
+            pass
+
+    class ThreesProvider(TokenizerProvider):
+        """Makes it."""
+
+        api_level: ClassVar[int] = 1
+
+        def train(self, texts: object) -> Threes:
+            return Threes()
+
+        def load(self, folder: Path) -> Threes:
+            return Threes()
+
+        def get_vocab_size(self) -> int:
+            return case["vocab"]
+
+    def pace(model: object) -> Iterator[None]:
+        """Goes on after every step; says what the other contestants say, at the same places."""
+        for _ in range(case["warm"] - 1):
+            yield
+        forget(case)
+        warming.close()
+        say(ready=sum(each.numel() for each in model.parameters()))
+        for count in wanted():
+            if on_gpu(case):
+                yield  # takes the memory again
+            start = clock(case)
+            for _ in range(count):
+                yield
+            seconds = clock(case) - start
+            rest(case)
+            say(seconds=seconds)
+        raise _Done
 
     class Paced(Plugin):
         """Stops the clock, and the run, where the parent says."""
 
-        _rest: list[int] = PrivateAttr(default_factory=list)
-        _started: list[float] = PrivateAttr(default_factory=list)
+        _pace: list[Iterator[None]] = PrivateAttr(default_factory=list)
 
         @hookimpl
-        def apt_training_start(self) -> None:
-            self._rest.append(case["warm"])
+        def apt_training_start(self, model: object) -> None:
+            self._pace.append(pace(model))
 
         @hookimpl
-        def apt_step_end(self, state: RunState, model: object) -> None:
-            self._rest[0] -= 1
-            if self._rest[0]:
-                return
-            if self._started:
-                say(seconds=time.perf_counter() - self._started.pop())
-            else:
-                say(ready=sum(each.numel() for each in model.parameters()))
-            line = sys.stdin.readline()
-            if not line:
-                raise _Done
-            self._rest[0] = int(line)
-            self._started.append(time.perf_counter())
+        def apt_step_end(self) -> None:
+            next(self._pace[0])
 
+    warming = contextlib.ExitStack()
+    warming.enter_context(seat(case))
+    registry.register("tokenizer", "threes", ThreesProvider)
     registry.register("plugin", "paced", Paced)
     with tempfile.TemporaryDirectory() as place, contextlib.suppress(_Done):
         profile = Path(place) / "profile.yaml"
