@@ -24,7 +24,13 @@ def config_of(text: str) -> APTConfig:
 
 
 def clock() -> float:
-    """Seconds: of the processor where one thread works, so that other programs count little, else of the clock."""
+    """Seconds: of the processor where one thread works, so that other programs count little, else of the clock.
+
+    Where the process uses a GPU, the clock's when all that was asked of it is done.
+    """
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        return time.perf_counter()
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 

@@ -1,13 +1,14 @@
-"""Writing a token at a time beside Hugging Face transformers: 124 M parameters of Llama's shape, batch 1, on the CPU.
+"""Writing a token at a time beside Hugging Face transformers: 124 M parameters of Llama's shape, batch 1.
 
     python benchmarks/decode.py --peer OTHER/bin/python [--rounds 5] [--tokens 16] [--only "ours int8" "HF fp32 dynamic"]
-        [--threads 1]
+        [--threads 1] [--device cuda]
 
 `OTHER/bin/python` is an interpreter with `pip install torch transformers`; this one has apt-core. Each contender is a process of
 its own that stays; they are measured in turn, round after round, so that a busy machine is busy for all. Both sides run their own
 `generate`, greedy, and note when each token comes. Printed are the median and the fastest tenth of the times between tokens, and
 the same of the time to the first token of a prompt of 1,024. On a machine that others use too the fastest tenth says more, and
-with `--threads 1` the time is the processor's, which waits for nobody else.
+with `--threads 1` the time is the processor's, which waits for nobody else. On a GPU it is the clock's when a token has come to
+the processor, which is when all that it took is done; there `generate` of transformers compiles what has a static cache.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 SHAPE = {"vocab": 50304, "d_model": 768, "d_ff": 2048, "layers": 12, "heads": 12, "context": 2048}
 SHORT, LONG = 32, 1024
+DEVICE = "cpu"
 OURS = {
     f"ours {bits}{' compiled' * compiled}": (dtype, quantize, compiled)
     for bits, dtype, quantize in (("fp32", "fp32", None), ("bf16", "bf16", None), ("int8", "fp32", "int8"))
@@ -37,8 +40,9 @@ THEIRS = {
 
 
 def clock() -> float:
-    """Seconds: of the processor where one thread works, else of the clock."""
-    return time.process_time() if os.environ.get("OMP_NUM_THREADS") == "1" else time.perf_counter()
+    """Seconds: of the processor where one thread of it works, else of the clock."""
+    alone = os.environ.get("OMP_NUM_THREADS") == "1" and DEVICE == "cpu"
+    return time.process_time() if alone else time.perf_counter()
 
 
 def ours(name: str):
@@ -72,7 +76,7 @@ def ours(name: str):
         attention_name="sdpa",
         ffn_name="swiglu",
     )
-    model = ModelBuilder(config).build_model()
+    model = ModelBuilder(config).build_model().to(DEVICE)
     dtype, quantize, compiled = OURS[name]
     prepare(model, dtype=dtype, quantize=quantize, compiled=compiled)
     nothing = SpecialIds(start=None, stop=frozenset())
@@ -115,7 +119,7 @@ def theirs(name: str):
         pad_token_id=0,
     )
     dtype, cache = THEIRS[name]
-    model = LlamaForCausalLM(config).eval().to(getattr(torch, dtype))
+    model = LlamaForCausalLM(config).eval().to(DEVICE, getattr(torch, dtype))
     more = {} if cache is None else {"cache_implementation": cache}
 
     class Clock(BaseStreamer):
@@ -129,7 +133,7 @@ def theirs(name: str):
             pass
 
     def write(length: int, count: int) -> list[float]:
-        ids = torch.tensor([[each % 1000 + 3 for each in range(length)]])
+        ids = torch.tensor([[each % 1000 + 3 for each in range(length)]], device=DEVICE)
         clock = Clock()
         with torch.inference_mode():
             out = model.generate(
@@ -147,10 +151,12 @@ def theirs(name: str):
     return write
 
 
-def work(name: str) -> None:
+def work(name: str, tokens: int) -> None:
     """Answer `length count` lines with the seconds from the start to each token."""
     write = ours(name) if name in OURS else theirs(name)
-    write(SHORT, 4)
+    # On a GPU kernels are loaded, compiled and recorded at the first uses of each size.
+    for _ in range(1 if DEVICE == "cpu" else 3):
+        write(SHORT, 4 if DEVICE == "cpu" else tokens)
     print("ready", flush=True)
     for line in sys.stdin:
         length, count = map(int, line.split())
@@ -175,10 +181,10 @@ def table(title: str, unit: str, names: list[str], times: dict[str, list[float]]
     quick = {name: [fast(each)] for name, each in times.items() if each}
     print(f"{title:26}{unit:>10}{'x HF fp32':>11}{'x HF bf16':>11}{'fastest':>12}{'x HF fp32':>11}{'x HF bf16':>11}")
     for name in names:
-        row = f"{name:26}"
+        row, digits = f"{name:26}", 1 if DEVICE == "cpu" else 2
         for kind in (times, quick):
             middle = statistics.median(kind[name])
-            row += f"{1e3 * middle:10.1f}{best(kind, 'HF fp32') / middle:11.2f}{best(kind, 'HF bf16') / middle:11.2f}  "
+            row += f"{1e3 * middle:10.{digits}f}{best(kind, 'HF fp32') / middle:11.2f}{best(kind, 'HF bf16') / middle:11.2f}  "
         print(row)
 
 
@@ -190,27 +196,41 @@ def main() -> None:
     parser.add_argument("--first", type=int, help="rounds of the long prompt; none: as many as --rounds")
     parser.add_argument("--only", nargs="*", help="these contenders")
     parser.add_argument("--threads", type=int, help="of each contender")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--shape", nargs="*", metavar="KEY=N", default=[], help="other sizes, such as layers=2")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    global DEVICE
+    DEVICE = arguments.device
+    SHAPE.update({key: int(value) for key, value in (each.split("=") for each in arguments.shape)})
     if arguments.work:
-        work(arguments.work)
+        work(arguments.work, arguments.tokens + 1)
         return
     names = [*OURS, *(THEIRS if arguments.peer else ())]
+    if DEVICE != "cpu":
+        names = [name for name in names if "int8" not in name]  # of the CPU alone
     names = [name for name in names if not arguments.only or name in arguments.only]
     workers = {}
+    more = {} if arguments.threads is None else {"OMP_NUM_THREADS": str(arguments.threads)}
+    more |= {"TORCHINDUCTOR_COMPILE_THREADS": "4"} if DEVICE == "cuda" else {}
+    said = {name: tempfile.TemporaryFile("w+") for name in names}  # noqa: SIM115
     for name in names:
         python = sys.executable if name in OURS else arguments.peer
         workers[name] = subprocess.Popen(
-            [python, "-W", "ignore", __file__, "--work", name],
+            [
+                *(python, "-W", "ignore", __file__, "--work", name),
+                *("--tokens", str(arguments.tokens), "--device", DEVICE, "--shape", *arguments.shape),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=said[name],
             text=True,
-            env={**os.environ, **({} if arguments.threads is None else {"OMP_NUM_THREADS": str(arguments.threads)})},
+            env={**os.environ, **more},
         )
     for name, worker in workers.items():
         if worker.stdout.readline().strip() != "ready":
-            raise SystemExit(f"{name} cannot be run by {worker.args[0]}")
+            said[name].seek(0)
+            raise SystemExit(f"{name} cannot be run by {worker.args[0]}: {said[name].read()[-2000:]}")
 
     def seconds(name: str, length: int, count: int) -> list[float]:
         worker = workers[name]
@@ -220,13 +240,15 @@ def main() -> None:
     tokens: dict[str, list[float]] = {name: [] for name in names}
     first: dict[str, list[float]] = {name: [] for name in names}
     rounds = arguments.rounds if arguments.first is None else arguments.first
-    for number in range(max(arguments.rounds, rounds)):
+    for _ in range(arguments.rounds):
         for name in names:
-            if number < arguments.rounds:
-                times = seconds(name, SHORT, arguments.tokens + 1)
-                tokens[name] += [after - before for before, after in itertools.pairwise(times)]
-            if number < rounds:
-                first[name] += seconds(name, LONG, 1)
+            times = seconds(name, SHORT, arguments.tokens + 1)
+            tokens[name] += [after - before for before, after in itertools.pairwise(times)]
+    # Afterwards, since a static cache stays as long as the longest text was; the first round takes the memory.
+    for number in range(rounds + 1 if rounds else 0):
+        for name in names:
+            times = seconds(name, LONG, 1)
+            first[name] += times if number else []
     for worker in workers.values():
         worker.stdin.close()
         worker.wait()
