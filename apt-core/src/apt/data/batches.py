@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from apt.core.config import APTConfig
 from apt.data.order import Order
@@ -18,6 +20,13 @@ from apt.hookspecs import Batch
 
 BLOCK = 2**16
 """Windows whose places are computed at once; it bounds the memory, and nothing depends on it."""
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of a batch on the device; to a GPU from pinned memory, so that nobody waits for the copy."""
+    if device.type != "cuda" or x.is_cuda:
+        return x.to(device)
+    return x.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 class Batches:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from apt.data.batches import windows
+from apt.data.batches import send, windows
 from apt.data.tokens import TokenSplit
 from apt.hookspecs import Batch
 from apt.layers.sharded import let_go
@@ -61,29 +61,30 @@ def score(
     """
     was_training = model.training
     model.train(training)
+    # On the model's device, so that no batch waits for the sums of the one before.
     sums: dict[str, Tensor] = {
-        _LOSS: torch.zeros((), dtype=torch.float64),
-        _COUNT: torch.zeros((), dtype=torch.float64),
+        _LOSS: torch.zeros((), dtype=torch.float64, device=device),
+        _COUNT: torch.zeros((), dtype=torch.float64, device=device),
     }
     try:
         for batch in batches:
             here = _rows(batch, ranks)
-            here = here if device is None else here.map(lambda each: each.to(device))
+            here = here if device is None else here.map(lambda each: send(each, device))
             targets = here.targets if here.mask is None else here.targets.masked_fill(~here.mask, -100)
             output = model(*here.inputs)
             loss = nn.functional.cross_entropy(
                 output.logits.flatten(0, 1).float(), targets.flatten(), reduction="sum", ignore_index=-100
             )
             count = (targets != -100).sum()
-            sums[_LOSS] += loss.double().cpu()
-            sums[_COUNT] += count.cpu()
+            sums[_LOSS] += loss.double()
+            sums[_COUNT] += count
             for name, metric in output.metrics.items():
-                weighted = metric.double().cpu() * count.cpu()
+                weighted = metric.to(count.device, torch.float64) * count
                 sums[name] = sums[name] + weighted if name in sums else weighted
     finally:
         model.train(was_training)
         let_go(model)
-    sums = ranks.sum(sums)
+    sums = {name: each.cpu() for name, each in ranks.sum(sums).items()}
     num_tokens = int(sums.pop(_COUNT).item())
     mean = sums.pop(_LOSS).item() / max(1, num_tokens)
     metrics = {name: (total / max(1, num_tokens)).float() for name, total in sums.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from apt.core.hooks import HookRunner
@@ -17,8 +18,9 @@ class LossStep(nn.Module):
     The plugins' losses are computed in here too: they may call the model again.
     """
 
-    def __init__(self, model: Decoder, hooks: HookRunner, precision: str) -> None:
+    def __init__(self, model: Decoder, hooks: HookRunner, precision: str, *, compiled: bool = False) -> None:
         super().__init__()
+        self._fused = torch.compile(mean_loss) if compiled else mean_loss
         self.model, self.hooks = model, hooks
         self.precision = torch.bfloat16 if precision == "bf16" else None
 
@@ -33,8 +35,8 @@ class LossStep(nn.Module):
         with self.autocast(batch.tokens.device):
             output: Output = self.model(*batch.inputs)
             targets = batch.targets if batch.mask is None else batch.targets.masked_fill(~batch.mask, -100)
-            logits = output.logits.flatten(0, 1).float()
-            loss = nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=-100)
+            # On a GPU a compiled run keeps no logits in float32, which would be most of its memory.
+            loss = (self._fused if output.logits.is_cuda else mean_loss)(output.logits, targets)
             extra = dict(output.losses)
             hook = self.hooks.hook.apt_loss_extra
             for losses in hook(state=state, model=self.model, batch=batch, output=output):
@@ -43,3 +45,8 @@ class LossStep(nn.Module):
         for more in extra.values():
             share = share + more * extra_weight
         return share, {"loss": loss.detach(), **{name: more.detach() for name, more in extra.items()}}
+
+
+def mean_loss(logits: Float[Tensor, "batch seq vocab"], targets: Int[Tensor, "batch seq"]) -> Float[Tensor, ""]:
+    """The mean cross entropy in float32, in nats; a target of -100 does not count."""
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)

@@ -22,7 +22,7 @@ from apt.modeling.model import Decoder
 Route = Literal["default", "onednn"]
 SECONDS, LEAST, MOST = 3.0, 3, 25
 """About how long the measuring takes, and how often each thing is measured at least and at most."""
-LARGEST_WORK = 8e9
+LARGEST_WORK = {"cpu": 8e9, "cuda": 8e11}
 """Operations of one forward and backward pass that is measured; larger ones are measured on a part of the batch."""
 
 Product = tuple[int, int, int]
@@ -111,7 +111,7 @@ class Task:
 def task_of_product(product: Product, count: int, route: Route, dtype: torch.dtype, device: torch.device) -> Task:
     """x W^T, and the two products of its backward pass."""
     rows, inward, outward = product
-    part = min(rows, max(64, int(LARGEST_WORK / (6 * inward * outward))))
+    part = min(rows, max(64, int(LARGEST_WORK[device.type] / (6 * inward * outward))))
     x, weight, gradient = (
         _draw(index, size, dtype, device)
         for index, size in enumerate(((part, inward), (outward, inward), (part, outward)))
@@ -130,7 +130,7 @@ def task_of_product(product: Product, count: int, route: Route, dtype: torch.dty
 def task_of_attention(shape: Shape, count: int, batch: int, route: Route, way: Way, dropout: float) -> Task:
     """Attention, forward and backward."""
     each = 7 * shape.heads * shape.queries * shape.keys * (shape.width + shape.v_width)
-    part = min(batch, max(1, int(LARGEST_WORK / each)))
+    part = min(batch, max(1, int(LARGEST_WORK[shape.device] / each)))
     # Laid out as projections leave them, not head by head.
     sizes = (
         (part, shape.queries, shape.heads, shape.width),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NoReturn
@@ -14,7 +13,7 @@ from torch.optim import Optimizer
 
 from apt.core.config import APTConfig
 from apt.core.hooks import HookRunner
-from apt.data.batches import Batches
+from apt.data.batches import Batches, send
 from apt.data.pairs import PairBatches
 from apt.errors import AptError, NotFiniteError
 from apt.hookspecs import Batch, RunState
@@ -36,7 +35,7 @@ class Done:
     tokens: int
     """Targets that counted, of all ranks."""
     losses: dict[str, Tensor]
-    """This rank's share in the step's losses, by name; their sum over all ranks is the step's."""
+    """This rank's share in the step's losses, by name, in the processor's memory; their sum over all ranks is the step's."""
     norm: float
     rate: float
     metrics: dict[str, float]
@@ -99,9 +98,9 @@ class Step:
             self._stop_at(error, state, first, micro, losses)
         self.parallel.gather(self.groups)
         total_norm = gradient_norm(self.groups)
-        norm = total_norm.item()
-        sound = math.isfinite(norm) and bool(torch.stack(list(losses.values())).isfinite().all())
-        if self.ranks.any(not sound):
+        # Read in one go: on a GPU each reading waits until all that was asked of it is done.
+        read = torch.stack([each.to(self.device) for each in (total_norm, *losses.values())]).cpu()
+        if self.ranks.any(not bool(read.isfinite().all())):
             raise NotFiniteError(self._give_up(state, first, micro, losses))
         clip(self.groups, self.config.gradient_clip, total_norm)
         self.proof.check(due, state, losses)
@@ -114,11 +113,11 @@ class Step:
         state = replace(state, step=state.step + 1)
         metrics: dict[str, float] = {}
         self.hooks.hook.apt_step_end(state=state, model=self.model, metrics=metrics)
-        return Done(state, tokens, losses, norm, rate, metrics)
+        return Done(state, tokens, dict(zip(losses, read[1:], strict=True)), read[0].item(), rate, metrics)
 
     def _batch(self, state: RunState, index: int) -> Batch:
         """This rank's part of a micro-batch, as the plugins leave it."""
-        batch = self.batches.get(index).map(lambda each: self.ranks.share(each).to(self.device))
+        batch = self.batches.get(index).map(lambda each: send(self.ranks.share(each), self.device))
         self.hooks.hook.apt_batch_prepare(state=state, batch=batch)
         return batch
 

@@ -258,7 +258,11 @@ class Trainer:
             hooks=self.hooks,
             model=parts.model,
             optimizer=parts.optimizer,
-            parallel=Parallel(LossStep(parts.model, self.hooks, config.training.precision), config, ranks),
+            parallel=Parallel(
+                LossStep(parts.model, self.hooks, config.training.precision, compiled=config.training.compile),
+                config,
+                ranks,
+            ),
             batches=parts.batches,
             rate=parts.rate,
             proof=parts.proof,
