@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from apt.builtin.tokenizer import ByteTokenizer
 from apt.core.profile import load_profile
 from apt.core.special import SpecialIds
+from apt.inference.context import Context
 from apt.inference.generate import generate, generate_batch
+from apt.inference.recorded import RecordedStep
 from apt.inference.stream import TextStream
 from apt.layers import LayerCache
 from apt.layers.cache import KVCache
@@ -98,3 +100,34 @@ def test_bytes_that_are_no_text_are_shown_at_the_end() -> None:
     stream = TextStream(TOKENIZER)
     assert [stream.add(token) for token in (3 + 0xE2, 3 + 0x82)] == ["", ""]
     assert stream.end() == TOKENIZER.decode([3 + 0xE2, 3 + 0x82])
+
+
+@pytest.mark.parametrize("positions", ["learned", "rope"])
+def test_a_step_over_the_whole_cache_scores_as_one_over_what_was_read(
+    profile_file: Path, positions: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = load_profile(profile_file, sets=[f"model.attention.positions={positions}"])
+    torch.manual_seed(0)
+    model = ModelBuilder(profile.config, resolved=profile.resolved).build_model().eval()
+    taken: list[int] = []
+    step = RecordedStep.__call__
+
+    def counted(self: RecordedStep, tokens: torch.Tensor) -> torch.Tensor:
+        taken.append(len(tokens))
+        return step(self, tokens)
+
+    monkeypatch.setattr(RecordedStep, "__call__", counted)
+    for texts in ([[5, 6, 7]], [[5, 6, 7], [9], [8, 7]]):
+        plain = Context(model, texts, 40)
+        # As on a GPU, but for the recording.
+        monkeypatch.setattr(RecordedStep, "is_worth_it", lambda model: True)
+        recorded = Context(model, texts, 40)
+        monkeypatch.undo()
+        monkeypatch.setattr(RecordedStep, "__call__", counted)
+        # Beyond the context of 16 tokens, where the texts are read anew.
+        for number in range(30):
+            torch.testing.assert_close(recorded.logits(), plain.logits(), atol=1e-5, rtol=1e-4)
+            tokens = [10 + number + row for row in range(len(texts))]
+            plain.add(tokens)
+            recorded.add(tokens)
+    assert len(taken) > 40

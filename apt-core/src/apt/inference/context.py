@@ -8,12 +8,15 @@ is read again and goes on from there, so the memory is bounded and positions sta
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from apt.inference.recorded import RecordedStep
 from apt.layers import LayerCache
+from apt.layers.cache import KVCache
 from apt.modeling.model import Decoder
 
 
@@ -36,6 +39,11 @@ class Context:
         self._waiting: Tensor
         self._mask: Tensor | None = None
         self._cache: list[LayerCache] | None = None
+        self._starts: Tensor | None = None
+        """The columns of padding before each row, where there are any."""
+        self._recorded: RecordedStep | None = None
+        self._records = RecordedStep.is_worth_it(model)
+        """Whether a token is read as a recording; until one cannot be made."""
         self._read_anew()
 
     @torch.inference_mode()
@@ -43,6 +51,10 @@ class Context:
         """Read what waits, and score the next token of every row."""
         # Without a cache everything is read again for each token.
         tokens = self._waiting if self._cache is not None else self._padded()
+        if self._cache is not None and tokens.shape[1] == 1 and (step := self._recorded_step(self._cache)) is not None:
+            scores = step(tokens)
+            self._waiting = self._waiting[:, :0]
+            return scores
         mask = None if self._mask is None else self._mask[:, : self._slots]
         output = self.model(tokens, mask=mask, cache=self._cache, last=1)
         self._waiting = self._waiting[:, :0]
@@ -87,15 +99,27 @@ class Context:
         self._slots = longest
         # At least half of the context is free after a text was cut, so reading anew is rare.
         self._room = min(self.limit, max(self._room, longest + 1))
-        self._mask = None
+        self._mask = self._starts = self._recorded = None
         if min(lengths) < longest:
             columns = torch.arange(self.limit, device=self.device)
-            starts = torch.tensor([longest - length for length in lengths], device=self.device)
-            self._mask = columns >= starts[:, None]
+            self._starts = torch.tensor([longest - length for length in lengths], device=self.device)
+            self._mask = columns >= self._starts[:, None]
         self._waiting = self._padded()
         self._cache = None
         if self.model.supports_kv_cache:
             self._cache = self.model.create_cache(len(self.texts), self._room)
+
+    def _recorded_step(self, cache: list[LayerCache]) -> RecordedStep | None:
+        """What reads one more token of each row into the cache, where that can be recorded."""
+        if not self._records or not RecordedStep.supports(cache):
+            return None
+        if self._recorded is None or not self._recorded.fits(cache):
+            try:
+                self._recorded = RecordedStep(self.model, cast("list[KVCache]", cache), self._starts)
+            except RuntimeError:
+                # Something in the model waits for the GPU, or allocates where a recording must not.
+                self._records, self._recorded = False, None
+        return self._recorded
 
     def _padded(self) -> Tensor:
         """The texts as they are, padded on the left [batch, longest]."""

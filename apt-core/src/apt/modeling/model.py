@@ -141,6 +141,11 @@ class Decoder(nn.Module):
         """
         self._step = torch.compile(_read, dynamic=True)
 
+    @property
+    def step_is_compiled(self) -> bool:
+        """Whether `compile_step` was asked for."""
+        return self._step is not None
+
     def create_cache(self, batch: int, max_seq_len: int | None = None) -> list[LayerCache]:
         """An empty cache for each block. Raises `UserError` where an attention layer cannot decode from one."""
         if not self.supports_kv_cache:
