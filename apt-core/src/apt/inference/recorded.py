@@ -98,7 +98,7 @@ class RecordedStep:
 
     def _record(self) -> torch.cuda.CUDAGraph:
         """Read a token that is read again, until nothing is compiled or waited for any more, and then once more to record it."""
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         mode = torch.cuda.get_sync_debug_mode()
         with torch.cuda.stream(stream), warnings.catch_warnings():
