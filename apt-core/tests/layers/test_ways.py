@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from apt.layers.attend import attend
-from apt.layers.ways import Shape, Way, choose_ways, mix_by, possible_ways, shape_of, watch_shapes
+from apt.layers.ways import Shape, Way, choose_ways, each_its_own, mix_by, possible_ways, shape_of, watch_shapes
 
 WAYS: tuple[Way, ...] = ("sdpa", "padded", "explicit")
 
@@ -164,3 +164,13 @@ def test_every_way_compiles_as_one_graph() -> None:
         with choose_ways({shape: way}):
             torch.testing.assert_close(compiled(q, k, v, causal=True), expected, rtol=1e-5, atol=1e-6)
     assert math.isfinite(expected.sum().item())
+
+
+def test_groups_spread_to_heads_give_what_the_groups_give() -> None:
+    q, k, v = torch.randn(2, 6, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    visible = torch.ones(5, 5, dtype=torch.bool).tril(1)
+    spread = each_its_own(k, 6), each_its_own(v, 6)
+    expected = mix_by("sdpa", q, k, v, causal=False, visible=visible, scale=None, dropout=0.0)
+    torch.testing.assert_close(
+        mix_by("sdpa", q, *spread, causal=False, visible=visible, scale=None, dropout=0.0), expected
+    )

@@ -145,6 +145,9 @@ def mix_by(
     v_width = v.shape[-1]
     if way == "padded":
         q, k, v = (functional.pad(each, (0, -each.shape[-1] % WIDTH)) for each in (q, k, v))
+    if q.is_cuda and q.shape[1] != k.shape[1] and q.shape[2] > 1 and (visible is not None or q.dtype == torch.float32):
+        # No fused kernel of PyTorch 2.11 is sure to take groups here, and without one the scores are written out.
+        k, v = each_its_own(k, q.shape[1]), each_its_own(v, q.shape[1])
     mixed = functional.scaled_dot_product_attention(
         q,
         k,
@@ -156,6 +159,11 @@ def mix_by(
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return mixed if way == "sdpa" else mixed[..., :v_width]
+
+
+def each_its_own(x: Float[Tensor, "batch kv_heads kv width"], heads: int) -> Float[Tensor, "batch heads kv width"]:
+    """The keys or values of groups as those of so many heads."""
+    return x.repeat_interleave(heads // x.shape[1], 1)
 
 
 def _explicit(
