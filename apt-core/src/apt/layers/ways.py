@@ -145,9 +145,13 @@ def mix_by(
     v_width = v.shape[-1]
     if way == "padded":
         q, k, v = (functional.pad(each, (0, -each.shape[-1] % WIDTH)) for each in (q, k, v))
-    if q.is_cuda and q.shape[1] != k.shape[1] and q.shape[2] > 1 and (visible is not None or q.dtype == torch.float32):
+    grouped = False
+    if q.shape[1] != k.shape[1]:
+        # Decided here: compiled for any sizes the comparison is a symbol, which the kernel does not take.
+        grouped = True
+    if grouped and q.is_cuda and q.shape[2] > 1 and (visible is not None or q.dtype == torch.float32):
         # No fused kernel of PyTorch 2.11 is sure to take groups here, and without one the scores are written out.
-        k, v = each_its_own(k, q.shape[1]), each_its_own(v, q.shape[1])
+        k, v, grouped = each_its_own(k, q.shape[1]), each_its_own(v, q.shape[1]), False
     mixed = functional.scaled_dot_product_attention(
         q,
         k,
@@ -156,7 +160,7 @@ def mix_by(
         is_causal=causal,
         dropout_p=dropout,
         scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        enable_gqa=grouped,
     )
     return mixed if way == "sdpa" else mixed[..., :v_width]
 
