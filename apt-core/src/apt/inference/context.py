@@ -7,6 +7,7 @@ is read again and goes on from there, so the memory is bounded and positions sta
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import cast
 
@@ -116,8 +117,10 @@ class Context:
         if self._recorded is None or not self._recorded.fits(cache):
             try:
                 self._recorded = RecordedStep(self.model, cast("list[KVCache]", cache), self._starts)
-            except RuntimeError:
+            except RuntimeError as error:
                 # Something in the model waits for the GPU, or allocates where a recording must not.
+                reason = str(error).partition("\n")[0]
+                warnings.warn(f"the compiled step is not recorded as a CUDA graph, which is slower: {reason}", stacklevel=2)
                 self._records, self._recorded = False, None
         return self._recorded
 
