@@ -146,7 +146,7 @@ def convert_layer(layer: Heads, made: nn.Module, moments: Moments) -> tuple[floa
     qkv, out = layer.get_submodule("qkv"), layer.get_submodule("out")
     assert isinstance(qkv, nn.Linear)
     assert isinstance(out, nn.Linear)
-    outward = out.weight.view(-1, kv_heads, heads // kv_heads, d).permute(1, 2, 0, 3)  # [kv_heads, group, D, d]
+    outward = out.weight.cpu().view(-1, kv_heads, heads // kv_heads, d).permute(1, 2, 0, 3)  # [kv_heads, group, D, d]
     inner, outer, outputs_kept = value_maps(moments.v, outward, rank)
     made.down.copy_(down)
     made.up.copy_(down.mT)
@@ -154,6 +154,7 @@ def convert_layer(layer: Heads, made: nn.Module, moments: Moments) -> tuple[floa
 
     def map_values(weight: Tensor) -> Tensor:
         """P^T A W_v for the rows of the values; those of queries and keys stay."""
+        weight = weight.cpu()  # where the moments are
         values = weight[turned:].double().view(kv_heads, d, -1)
         return torch.cat((weight[:turned], (down.mT @ inner @ values).flatten(0, 1).to(weight.dtype)))
 

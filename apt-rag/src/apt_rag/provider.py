@@ -148,7 +148,8 @@ class Cosine(RetrievalProvider):
         rows = [self.encode_document([document.text for document in row]) for row in retrieved_docs]
         if scores.shape[-1] == 0:
             return hidden_states
-        return self._retriever.fuse(hidden_states, torch.stack(rows).to(hidden_states.device), scores, method)
+        vectors, scores = (each.to(hidden_states.device) for each in (torch.stack(rows), scores))
+        return self._retriever.fuse(hidden_states, vectors, scores, method)
 
     def get_index_size(self) -> int:
         """Passages in the index."""

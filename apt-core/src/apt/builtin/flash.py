@@ -28,7 +28,12 @@ class FlashAttention(SDPAttention):
         mask: Bool[Tensor, "batch kv"] | None,
         window: int | None,
     ) -> Float[Tensor, "batch heads seq width"]:
-        """Raises `UserError` for what the kernels cannot compute."""
+        """Raises `UserError` for what is to be trained and the kernels cannot compute.
+
+        Where no gradient is wanted, as in scoring and writing in float32, PyTorch's kernels compute the same.
+        """
+        if not torch.is_grad_enabled() and not has_kernel(q):
+            return super().attend(q, k, v, causal=causal, mask=mask, window=window)
         from flash_attn import flash_attn_func, flash_attn_with_kvcache
 
         demand_flash(q)
@@ -81,9 +86,14 @@ class FlashAttention(SDPAttention):
         return padded
 
 
+def has_kernel(q: Tensor) -> bool:
+    """Whether flash-attn has kernels for such tensors."""
+    return q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16)
+
+
 def demand_flash(q: Tensor) -> None:
     """Raise `UserError` for tensors that flash-attn has no kernel for."""
-    if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
+    if not has_kernel(q):
         raise UserError(
             f"attention.flash_v2: flash-attn computes on a GPU in bf16 or fp16, not on {q.device.type} in "
             f"{str(q.dtype).removeprefix('torch.')}; use training.precision: bf16 on a GPU, or attention: sdpa"

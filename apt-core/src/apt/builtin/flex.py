@@ -49,13 +49,13 @@ class FlexAttention(SDPAttention):
                 "attention.flex: PyTorch's flex_attention has no backward pass on the CPU; "
                 "train on a GPU, or with attention: sdpa, which has the same weights"
             )
-        if mask is None:
-            blocks = _find_blocks(q.shape[2], k.shape[2], causal, window, q.device)
+        inside = torch.compiler.is_compiling()  # Dynamo looks through caches, and warns of them
+        if mask is not None or (inside and (causal or window is not None)):
+            blocks: BlockMask | None = _make_blocks(q.shape[2], k.shape[2], causal, window, q.device, mask)
         else:
-            blocks = _make_blocks(q.shape[2], k.shape[2], causal, window, q.device, mask)
+            blocks = None if inside else _find_blocks(q.shape[2], k.shape[2], causal, window, q.device)
         grouped = q.shape[1] != k.shape[1]
-        inside = torch.compiler.is_compiling()
-        kernel = _find_kernel(self.compiled and not inside)
+        kernel = flex_attention if inside else _find_kernel(self.compiled)
         with warnings.catch_warnings():
             # Not to be compiled was asked for, or the whole model is.
             warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")

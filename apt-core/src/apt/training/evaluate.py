@@ -14,6 +14,7 @@ from apt.data.batches import send, windows
 from apt.data.tokens import TokenSplit
 from apt.hookspecs import Batch
 from apt.layers.sharded import let_go
+from apt.training.randoms import random_devices
 from apt.training.ranks import ALONE, Ranks
 
 
@@ -95,8 +96,7 @@ def score(
 def untouched(model: nn.Module) -> Iterator[None]:
     """A context after which random states and the model's buffers are what they were before."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(random_devices()):
         try:
             yield
         finally:

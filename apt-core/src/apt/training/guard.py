@@ -19,6 +19,10 @@ from apt.modeling.parts import BoundPart, find_parts
 from apt.training.evaluate import untouched
 
 
+OUT_OF_MEMORY = ("allocate memory", "not enough memory", "ALLOC_FAILED")
+"""What errors say that have no type of their own: PyTorch's on the CPU, and those of a GPU's libraries."""
+
+
 class Source(NamedTuple):
     """Where a number that is not finite came from: in the output of a part (0), in a loss (1), in gradients (2); and in words."""
 
@@ -84,7 +88,7 @@ def explain_memory() -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise UserError(_advice(error)) from error
     except RuntimeError as error:
-        if "allocate memory" not in str(error) and "not enough memory" not in str(error):
+        if not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         raise UserError(_advice(error)) from error
 

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from apt.layers.sharded import let_go
 from apt.layers.ways import Shape, Way, mix_by, watch_shapes
 from apt.modeling.model import Decoder
+from apt.training.randoms import random_devices
 
 Route = Literal["default", "onednn"]
 SECONDS, LEAST, MOST = 3.0, 3, 25
@@ -65,6 +66,7 @@ def find_shapes(
     try:
         with (
             torch.no_grad(),
+            torch.compiler.set_stance("force_eager"),  # what is compiled shows no products
             torch.autocast(tokens.device.type, torch.bfloat16, enabled=bf16),
             _Products() as products,
             watch_shapes() as shapes,
@@ -78,6 +80,9 @@ def find_shapes(
 
 class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts products of two matrices by their sizes, whatever calls them."""
+
+    supports_higher_order_operators = True
+    """Such as flex_attention, which is let through like all else."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -175,7 +180,7 @@ class Bench:
         """The least of as many rounds as there is time for: what else runs on the machine only adds to it."""
         self._exact = {}
         end = time.perf_counter() + SECONDS
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(random_devices()):
             for number in range(MOST):
                 if number >= LEAST and time.perf_counter() > end:
                     break

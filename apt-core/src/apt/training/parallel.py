@@ -32,7 +32,7 @@ EXPERTS = ("replicas", "experts")
 
 def is_split(config: APTConfig, ranks: Ranks) -> bool:
     """Whether some parameters are not whole on every rank, so that it takes all ranks to run and to save the model."""
-    return ranks.size > 1 and (config.hardware.parallel == "fsdp" or config.hardware.expert_parallel > 1)
+    return not ranks.is_alone and (config.hardware.parallel == "fsdp" or config.hardware.expert_parallel > 1)
 
 
 def shard(model: Decoder, config: APTConfig, ranks: Ranks) -> None:
@@ -44,17 +44,20 @@ def shard(model: Decoder, config: APTConfig, ranks: Ranks) -> None:
     Weights are gathered in float32, and autocast rounds them where it does without sharding, so that bf16 means the same
     on any number of ranks; norms and routers stay in float32.
     """
-    if ranks.size == 1:
+    if ranks.is_alone:
         return
     shared = _share_out(model, config.hardware.expert_parallel, ranks) if config.hardware.expert_parallel > 1 else []
     if config.hardware.parallel != "fsdp":
         return
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    # Said, since PyTorch would take the machine's GPUs, whatever device the model is on.
+    mesh = init_device_mesh(next(model.parameters()).device.type, (ranks.size,))
     ignored = {*shared, *(parameter for parameter in model.parameters() if parameter.dim() == 0)}
     for block in model.all_blocks():
-        fully_shard(block, ignored_params=ignored)
-    fully_shard(model, ignored_params=ignored)
+        fully_shard(block, mesh=mesh, ignored_params=ignored)
+    fully_shard(model, mesh=mesh, ignored_params=ignored)
 
 
 def _share_out(model: Decoder, among: int, ranks: Ranks) -> list[nn.Parameter]:
@@ -78,11 +81,11 @@ class Parallel:
 
     def __init__(self, step: LossStep, config: APTConfig, ranks: Ranks) -> None:
         self.step, self.ranks = step, ranks
-        self.sharded = ranks.size > 1 and config.hardware.parallel == "fsdp"
+        self.sharded = not ranks.is_alone and config.hardware.parallel == "fsdp"
         shared = {name: each for name, each in step.named_parameters() if _is_shared_out(each)}
         self.shared = list(shared.values())
         self.forward: LossStep | DistributedDataParallel = step
-        if ranks.size > 1 and not self.sharded:
+        if not ranks.is_alone and not self.sharded:
             # Parts that are switched on later are unused until then, so they are looked for at every step.
             later = any(part.provider.switched_by is not None for part in find_parts(step.model))
             # What is shared out has its whole gradient already; DDP would take it for copies.

@@ -12,6 +12,14 @@ import torch
 from torch import Tensor
 
 
+def random_devices() -> list[int]:
+    """The GPU whose random state belongs to this process, as `torch.random.fork_rng` takes it; none where none is in use.
+
+    A run on the CPU of a machine that has GPUs leaves them alone: asking one takes half a gigabyte of it.
+    """
+    return [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+
+
 @dataclass(frozen=True)
 class RandomState:
     """Those of Python and NumPy as JSON values, those of PyTorch as tensors."""
@@ -23,7 +31,7 @@ class RandomState:
     def now(cls) -> RandomState:
         """As they are."""
         tensors = {"torch": torch.get_rng_state()}
-        if torch.cuda.is_available():
+        if random_devices():
             tensors["cuda"] = torch.cuda.get_rng_state()
         return cls({"python": _listed(random.getstate()), "numpy": _numpy_state()}, tensors)
 
@@ -33,7 +41,7 @@ class RandomState:
         name, keys, position, has_gauss, cached = self.plain["numpy"]
         np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
         torch.set_rng_state(self.tensors["torch"])
-        if torch.cuda.is_available() and "cuda" in self.tensors:
+        if random_devices() and "cuda" in self.tensors:
             torch.cuda.set_rng_state(self.tensors["cuda"])
 
 

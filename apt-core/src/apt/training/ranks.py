@@ -35,11 +35,18 @@ class Ranks:
     local_rank: int = 0
     group: dist.ProcessGroup | None = None
     """What they speak over; None: what all of the process speaks over."""
+    started: bool = False
+    """Whether `torchrun` started this process, were it the only one: then the model is shared as among several."""
 
     @property
     def is_main(self) -> bool:
         """Whether this rank speaks and writes."""
         return self.rank == 0
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is nothing to share a model among."""
+        return self.size == 1 and not self.started
 
     def share(self, batch: Tensor) -> Tensor:
         """This rank's rows of a batch [batch, ...]: the r-th of `size` equal parts."""
@@ -111,9 +118,10 @@ def join_ranks(config: APTConfig) -> Iterator[Ranks]:
                 f"hardware.expert_parallel: {among}, but this is one process; start it with torchrun --nproc-per-node {among} "
                 f"-m apt train ... --set hardware.parallel={kind}, or set it to 1"
             )
-        yield Ranks()
-        return
-    if config.hardware.parallel == "none":
+        if parallel == "none" or not dist.is_torchelastic_launched():
+            yield Ranks()
+            return
+    elif config.hardware.parallel == "none":
         raise UserError(
             f"hardware.parallel: none, but torchrun started {size} processes; set ddp or fsdp, or start it without torchrun"
         )
@@ -122,7 +130,7 @@ def join_ranks(config: APTConfig) -> Iterator[Ranks]:
         raise UserError(
             f"training.batch_size: {batch} is not a multiple of the {size} processes, which share each batch"
         )
-    ranks = Ranks(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
+    ranks = Ranks(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")), started=True)
     on_gpu = config.hardware.device != "cpu" and torch.cuda.is_available()
     if dist.is_initialized():
         yield ranks
@@ -153,7 +161,7 @@ def _is_lost(error: RuntimeError) -> bool:
 
 def list_unshared(config: APTConfig, ranks: Ranks) -> list[str]:
     """What the profile would share among processes, in one process."""
-    if ranks.size > 1 or config.hardware.parallel == "none":
+    if not ranks.is_alone or config.hardware.parallel == "none":
         return []
     return [
         f"hardware.parallel: {config.hardware.parallel}, but this is one process, which trains alone; for N of them: "

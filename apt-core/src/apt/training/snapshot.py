@@ -109,7 +109,7 @@ def take_snapshot(
     texts: dict[str, str | bytes] = {PROFILE: dump_resolved(config, resolved), STATE: json.dumps(saved, indent=1)}
     texts |= local_code(resolved)
     if copy:
-        weights, moments = copied(weights), copied(moments)
+        weights, moments, extra = copied(weights), copied(moments), copied(extra)
     whole, parts = {EXTRA: extra}, {}
     for file, tensors in ((WEIGHTS, weights), (OPTIMIZER, moments)):
         whole[file], split = split_apart(tensors)

@@ -112,16 +112,17 @@ def _alone() -> Iterator[None]:
 
 def _copy(tensor: Tensor) -> Tensor:
     if not is_sharded(tensor):
-        return tensor.detach().cpu().clone()
+        return tensor.detach().to("cpu", copy=True)
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
     assert isinstance(tensor, DTensor)
     mesh = tensor.device_mesh
     if mesh.device_type != "cpu":
-        mesh = DeviceMesh("cpu", mesh.mesh)
+        # Nothing is computed with the copy, so its mesh needs no groups of processes; each would be made anew.
+        mesh = DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names, _init_backend=False)
     return DTensor.from_local(
-        tensor.to_local().detach().cpu().clone(),
+        tensor.to_local().detach().to("cpu", copy=True),
         mesh,
         tensor.placements,
         run_check=False,
