@@ -1,8 +1,10 @@
-"""Tests keep their tokens in a folder of their own, not in the user's cache."""
+"""Tests keep their tokens in a folder of their own, not in the user's cache, and see a GPU only where they ask for it."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,3 +15,9 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("APT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the machine's GPUs, which profiles would train on by themselves, but for tests named as `tests/gpu` is."""
+    if not any("gpu" in Path(each.partition("::")[0]).parts for each in config.args):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -122,6 +122,13 @@ def thorough(session: nox.Session) -> None:
 
 
 @with_lent
+def gpu(session: nox.Session) -> None:
+    """What runs on a CUDA GPU alone, and every part in every mode there; all other tests hide the machine's GPUs."""
+    install(session, DISTRIBUTIONS)
+    pytest(session, "-n", "4", "-k", "cuda or gpu", "tests/gpu", "tests/together/test_every_part.py")
+
+
+@with_lent
 def extras(session: nox.Session) -> None:
     """The extras that the other sessions do without, and the tests that they skip."""
     install(session, ("apt-core",), *sorted({*declared("apt-core", *MORE_EXTRAS)} - {*declared("apt-core")}))

@@ -31,7 +31,14 @@ VALUES: dict[str, dict[str, object]] = {
     },
     "evaluation": {"eval_every": 2, "max_batches": 3, "sample_prompt": "def ", "sample_tokens": 4, "samples": True},
     "monitoring": {"log_every": 2, "plot": False, "spike": 3.0},
-    "hardware": {"device": "cpu", "threads": 1, "parallel": "fsdp", "matmul": "auto", "peak_flops": 1e12},
+    "hardware": {
+        "device": "cpu",
+        "threads": 1,
+        "parallel": "fsdp",
+        "matmul": "auto",
+        "peak_flops": 1e12,
+        "deterministic": True,
+    },
     "debug": {"detect_anomaly": True},
 }
 ELSEWHERE = {

@@ -51,9 +51,16 @@ PARTS: dict[tuple[str, str], dict[str, str]] = {
     ("tokenizer", "char"): {"": "data.tokenizer=char"},
     ("tokenizer", "bpe"): {"": "data.tokenizer={provider: bpe, vocab_size: 512}"},
 }
+ON_A_GPU: dict[tuple[str, str], dict[str, str]] = {
+    ("attention", "flex"): {
+        "": "model.attention={provider: flex, head_width: 16}",
+        "all": "model.attention={provider: flex, head_width: 16, num_kv_heads: 1, window: 5, qk_norm: true, bias: all}",
+    },
+}
+"""Those that train there alone."""
 ELSEWHERE = {
     ("attention", "flash_v2"): "needs flash-attn and a GPU",
-    ("attention", "flex"): "trains on a GPU alone; apt-core/tests/builtin/test_kernels.py",
+    ("attention", "flex"): "trains on a GPU alone, where it is in the cases",
     ("tokenizer", "pretrained"): "needs a file; apt-core/tests/builtin/test_pretrained.py",
 }
 MODES = {
@@ -69,13 +76,26 @@ WHERE = {
     "pairs": ("attention", "ffn", "router"),
 }
 """The kinds of parts for which a mode is one of its own; the others, all of them."""
+INDUCTOR = (
+    ("attention", "sdpa", ""),
+    ("attention", "tva_default", ""),
+    ("ffn", "swiglu", ""),
+    ("attention", "flex", ""),
+)
+"""What is compiled by inductor too on a GPU; all else by a compiler that does nothing, since each takes a minute."""
+GPU = torch.cuda.is_available()
+"""Whether there is one, and it was asked for: `pytest tests/gpu tests/together/test_every_part.py -k cuda`."""
 CASES = [
-    pytest.param(sets, mode, id=" ".join(filter(None, (kind, name, variant))) + f", {mode}", marks=marks)
-    for (kind, name), variants in PARTS.items()
+    pytest.param(
+        sets, mode, device, id=" ".join(filter(None, (kind, name, variant))) + f", {mode}, {device}", marks=marks
+    )
+    for device, parts in (("cpu", PARTS), *([("cuda", PARTS | ON_A_GPU)] if GPU else []))
+    for (kind, name), variants in parts.items()
     for variant, sets in variants.items()
-    for mode in MODES
+    for mode in (*MODES, *(["inductor"] if device == "cuda" and (kind, name, variant) in INDUCTOR else []))
     if kind in WHERE.get(mode, (kind,))
-    for marks in ([] if mode == "as it is" and variant in ("", "dropout") else [pytest.mark.thorough],)
+    for quick in (device == "cuda" or (mode == "as it is" and variant in ("", "dropout")),)
+    for marks in ([] if quick else [pytest.mark.thorough],)
 ]
 
 PROFILE = """\
@@ -90,7 +110,7 @@ schedules: {{{schedules}}}
 data: {{source: {source}, path: "{path}"}}
 evaluation: {{max_batches: 2, sample_tokens: 0}}
 monitoring: {{plot: false}}
-hardware: {{threads: 1}}
+hardware: {{threads: 1, device: {device}, deterministic: true}}
 """
 
 
@@ -114,14 +134,24 @@ def pairs(tmp_path: Path) -> Path:
 
 # What Dynamo provokes by looking, and tells no user of.
 @pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor", "ignore:.*autograd.*should not be instantiated:DeprecationWarning"
+    "ignore:The .grad attribute of a Tensor",
+    "ignore:.*autograd.*should not be instantiated:DeprecationWarning",
+    # Inductor's advice, and what has no deterministic kernel: equal bits are asked for below all the same.
+    "ignore:.*TensorFloat32 tensor cores",
+    "ignore:.*does not have a deterministic implementation",
+    "ignore:.*torch._inductor",
+    "ignore:.*Online softmax",
 )
-@pytest.mark.parametrize(("part", "mode"), CASES)
+@pytest.mark.timeout(600 if GPU else 120)
+@pytest.mark.parametrize(("part", "mode", "device"), CASES)
 def test_it_trains_over_both_switches_resumes_to_the_same_bits_and_writes(
-    text: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, mode: str
+    text: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, mode: str, device: str
 ) -> None:
-    whole = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **kwargs: whole(self, backend="eager", **kwargs))
+    if mode == "inductor":
+        mode = "compiled"
+    else:
+        whole = nn.Module.compile
+        monkeypatch.setattr(nn.Module, "compile", lambda self, **kwargs: whole(self, backend="eager", **kwargs))
     source, path = ("pairs", pairs) if mode == "pairs" else ("files", text)
     plugins = ["moe"] if mode == "pairs" else ["moe", "align"]
     schedules = ", ".join(f"enable_{plugin}_at_epoch: {epoch}" for epoch, plugin in enumerate(plugins, 1))
@@ -129,7 +159,9 @@ def test_it_trains_over_both_switches_resumes_to_the_same_bits_and_writes(
     sets = [*([] if mode == "pairs" else [ALIGN % "bistate_default"]), part, *MODES[mode]]
     profile = tmp_path / "profile.yaml"
     profile.write_text(
-        PROFILE.format(source=source, path=path, layers=layers, plugins=", ".join(plugins), schedules=schedules)
+        PROFILE.format(
+            source=source, path=path, layers=layers, plugins=", ".join(plugins), schedules=schedules, device=device
+        )
     )
     result = fit(profile, tmp_path / "whole", sets)
     assert math.isfinite(result.validation.loss)
@@ -139,4 +171,5 @@ def test_it_trains_over_both_switches_resumes_to_the_same_bits_and_writes(
     run = load_run(tmp_path / "rest")
     expected = load_run(tmp_path / "whole").model.state_dict()
     assert not [name for name, value in run.model.state_dict().items() if not torch.equal(value, expected[name])]
-    assert len(generate(run.model, run.tokenizer, "n1", max_new_tokens=4, seed=0).tokens) <= 4
+    assert {each.device.type for each in result.model.state_dict().values()} == {device}
+    assert len(generate(run.model.to(device), run.tokenizer, "n1", max_new_tokens=4, seed=0).tokens) <= 4

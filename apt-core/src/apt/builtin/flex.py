@@ -20,6 +20,8 @@ from apt.builtin.sdpa import SDPAttention
 from apt.errors import UserError
 from apt.layers.heads import Shape
 
+LEAST_WIDTH = 16
+"""The width of heads that the fused kernel has on a GPU at least."""
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(sample, head, query, key) -> whether the query may see the key."""
 
@@ -41,13 +43,18 @@ class FlexAttention(SDPAttention):
         mask: Bool[Tensor, "batch kv"] | None,
         window: int | None,
     ) -> Float[Tensor, "batch heads seq width"]:
-        """Raises `UserError` where a gradient is needed and the device has no backward pass."""
+        """Raises `UserError` where a gradient is needed and the device has no backward pass, or no kernel for such heads."""
         if q.shape[2] == 1:
             return super().attend(q, k, v, causal=causal, mask=mask, window=window)
         if q.device.type == "cpu" and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
             raise UserError(
                 "attention.flex: PyTorch's flex_attention has no backward pass on the CPU; "
                 "train on a GPU, or with attention: sdpa, which has the same weights"
+            )
+        if self.compiled and q.device.type != "cpu" and q.shape[3] < LEAST_WIDTH:
+            raise UserError(
+                f"attention.flex: heads of width {q.shape[3]}; on a GPU flex_attention's kernel has at least {LEAST_WIDTH}; "
+                "use fewer heads, attention.head_width, compiled: false, or attention: sdpa"
             )
         inside = torch.compiler.is_compiling()  # Dynamo looks through caches, and warns of them
         if mask is not None or (inside and (causal or window is not None)):

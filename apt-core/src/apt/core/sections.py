@@ -142,6 +142,10 @@ class Hardware(Section):
         description="how products are computed: strict, by PyTorch's defaults; auto, by what is fastest on this machine and as "
         "exact, measured at the start and kept for the run",
     )
+    deterministic: bool = Field(
+        default=False,
+        description="whether a GPU takes kernels alone that give the same bits every time, so that a resume is exact; slower",
+    )
     parallel: Literal["none", "ddp", "fsdp"] = Field(
         default="none",
         description="how the processes that torchrun starts share the work: each a part of every batch, and with fsdp a part of "

@@ -18,7 +18,6 @@ from apt.layers.sharded import let_go, local
 from apt.modeling.parts import BoundPart, find_parts
 from apt.training.evaluate import untouched
 
-
 OUT_OF_MEMORY = ("allocate memory", "not enough memory", "ALLOC_FAILED")
 """What errors say that have no type of their own: PyTorch's on the CPU, and those of a GPU's libraries."""
 

@@ -1,9 +1,11 @@
-"""The random states of a process, as JSON values and tensors."""
+"""The random states of a process, as JSON values and tensors; and kernels that leave nothing to chance."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,3 +78,26 @@ def _listed(value: object) -> object:
 def _tupled(value: object) -> tuple[object, ...]:
     assert isinstance(value, list)
     return tuple(tuple(each) if isinstance(each, list) else each for each in value)
+
+
+@contextlib.contextmanager
+def repeatable(wanted: bool) -> Iterator[None]:
+    """Where it is wanted, let PyTorch take kernels alone that give the same bits every time, in the whole process.
+
+    On the CPU they do so anyway. On a GPU sums of many threads come in any order, as in the backward pass of attention. Where
+    there is no other kernel PyTorch warns.
+    """
+    if not wanted:
+        yield
+        return
+    # What cuBLAS asks for; it is read when its first product is computed.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]

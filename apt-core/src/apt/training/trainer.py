@@ -54,6 +54,7 @@ from apt.training.peak import Utilisation
 from apt.training.phases import Phases
 from apt.training.plot import plot_run
 from apt.training.progress import Report
+from apt.training.randoms import repeatable
 from apt.training.ranks import ALONE, Ranks, join_ranks, list_unshared
 from apt.training.record import RECORD, Metrics, write_record
 from apt.training.saver import Saver
@@ -177,7 +178,7 @@ class Trainer:
                         "steps_per_epoch": self.parts.steps_per_epoch,
                     },
                 )
-                with explain_memory(), self.calibration.applied():
+                with explain_memory(), self.calibration.applied(), repeatable(self.config.hardware.deterministic):
                     self._run()
                 self.saver.wait()
         except Exception:
