@@ -62,7 +62,7 @@ class FlexAttention(SDPAttention):
         else:
             blocks = None if inside else _find_blocks(q.shape[2], k.shape[2], causal, window, q.device)
         grouped = q.shape[1] != k.shape[1]
-        kernel = flex_attention if inside else _find_kernel(self.compiled)
+        kernel = _PLAIN if inside else _find_kernel(self.compiled)
         with warnings.catch_warnings():
             # Not to be compiled was asked for, or the whole model is.
             warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
@@ -71,11 +71,13 @@ class FlexAttention(SDPAttention):
         return mixed
 
 
+# torch.compile's own annotations do not say that it can be called.
+_PLAIN = cast(Callable[..., object], flex_attention)
+
+
 @functools.cache
 def _find_kernel(compiled: bool) -> Callable[..., object]:
-    # torch.compile's own annotations do not say that it can be called.
-    plain = cast(Callable[..., object], flex_attention)
-    return torch.compile(plain) if compiled else plain
+    return torch.compile(_PLAIN) if compiled else _PLAIN
 
 
 @functools.lru_cache(maxsize=16)

@@ -19,7 +19,8 @@ def random_devices() -> list[int]:
 
     A run on the CPU of a machine that has GPUs leaves them alone: asking one takes half a gigabyte of it.
     """
-    return [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    in_use = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return [torch.cuda.current_device()] if in_use else []
 
 
 @dataclass(frozen=True)
