@@ -33,6 +33,11 @@ class Plan(NamedTuple):
     """[assignments] whether it found room; None where nothing is ever dropped."""
     top_k: int
 
+    def whole(self) -> Tensor:
+        """The offsets where the last expert owns the rows that found no room too; their weights are 0."""
+        end = self.offsets.new_full((1,), self.order.shape[0])
+        return torch.cat([self.offsets[:-1], end])
+
 
 def plan(
     indices: Tensor,
@@ -52,26 +57,33 @@ def plan(
     rows = torch.arange(flat.numel(), device=flat.device)
     if sent is not None:
         chosen = sent.reshape(-1)
-        order = torch.where(chosen, flat, num_experts).argsort(stable=True)
+        order = _order(torch.where(chosen, flat, num_experts), num_experts)
         inverse = torch.empty_like(order).scatter_(0, order, rows)
         ends = count(flat, num_experts, chosen).cumsum(0).to(torch.int32)
         return Plan(order, inverse, flat[order], ends, chosen, top_k)
     key = flat
     if limit is not None and counted is not None:
         key = 2 * flat + (~counted).long().repeat_interleave(top_k)
-    order = key.argsort(stable=True)
+    order = _order(key, 2 * num_experts)
     experts = flat[order]
     counts = count(flat, num_experts)
     kept = None
     if limit is not None:
         rank = rows - (counts.cumsum(0) - counts)[experts]
         found_room = rank < limit
-        to_front = (~found_room).long().argsort(stable=True)
+        to_front = _order((~found_room).long(), 1)
         order, experts, found_room = order[to_front], experts[to_front], found_room[to_front]
         counts = counts.minimum(limit)
         kept = torch.empty_like(found_room).scatter_(0, order, found_room)
     inverse = torch.empty_like(order).scatter_(0, order, rows)
     return Plan(order, inverse, experts, counts.cumsum(0).to(torch.int32), kept, top_k)
+
+
+def _order(keys: Tensor, largest: int) -> Tensor:
+    """Where each of the sorted `keys` [assignments] stood; equal ones stay in their order. None is above `largest`."""
+    if keys.device.type == "cuda" and largest < 1 << 15:
+        keys = keys.to(torch.int16)  # its sort takes the time that the width of the keys has
+    return keys.argsort(stable=True)
 
 
 def count(experts: Tensor, num_experts: int, counted: Tensor | None = None) -> Tensor:
@@ -86,15 +98,16 @@ def dispatch(tokens: Tensor, plan: Plan) -> Tensor:
     return rows
 
 
-def combine(rows: Tensor, weights: Tensor, plan: Plan) -> Tensor:
-    """sum_j w_j row_j over each token's choices: [tokens, d_model], in float32 where `weights` [tokens, k] are.
+def combine(rows: Tensor, weights: Tensor, plan: Plan, dtype: torch.dtype | None = None) -> Tensor:
+    """sum_j w_j row_j over each token's choices: [tokens, d_model] in `dtype`, or as wide as it was summed: in
+    float32, where `weights` [tokens, k] are.
 
     The weight multiplies the expert's output, not its input, so that equal experts with weights that sum to 1 are the
     one expert. A dropped assignment adds nothing.
     """
     if plan.kept is not None:
         weights = weights * plan.kept.view_as(weights)
-    combined: Tensor = _Combine.apply(rows, weights, plan.order, plan.inverse)  # type: ignore[no-untyped-call]
+    combined: Tensor = _Combine.apply(rows, weights, plan.order, plan.inverse, dtype)  # type: ignore[no-untyped-call]
     return combined
 
 
@@ -127,17 +140,31 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
+    """The gradient comes in the dtype of what went out: in bfloat16 half of the memory is moved that float32 would take."""
+
     @staticmethod
-    def forward(rows: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        return _sum_of_rows(rows, inverse.view_as(weights), weights)
+    def forward(rows: Tensor, weights: Tensor, order: Tensor, inverse: Tensor, dtype: torch.dtype | None) -> Tensor:
+        summed = _sum_of_rows(rows, inverse.view_as(weights), weights)
+        return summed if dtype is None else summed.to(dtype)
 
     @staticmethod
     def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+        ctx.save_for_backward(*inputs[:4])
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         rows, weights, order, inverse = ctx.saved_tensors  # type: ignore[attr-defined]
         grad = grad.index_select(0, order // weights.shape[1])
-        of_weights = (grad * rows).sum(1).to(weights.dtype).index_select(0, inverse).view_as(weights)
-        return (grad * weights.reshape(-1).index_select(0, order).unsqueeze(1)).to(rows.dtype), of_weights, None, None
+        products = grad * rows
+        sums = products.sum(1, dtype=torch.promote_types(products.dtype, weights.dtype)).to(weights.dtype)
+        of_weights = sums.index_select(0, inverse).view_as(weights)
+        return _scaled(grad, weights.reshape(-1).index_select(0, order), rows.dtype), of_weights, None, None, None
+
+
+def _scaled(rows: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """``rows[n] * weights[n]`` in `dtype`, [rows, width]."""
+    if rows.device.type == "cpu" or torch.compiler.is_compiling():
+        return (rows * weights.unsqueeze(1)).to(dtype)
+    return torch.mul(
+        rows, weights.unsqueeze(1), out=rows.new_empty(rows.shape, dtype=dtype)
+    )  # without a copy in float32

@@ -40,8 +40,8 @@ experts below 16,384 numbers 1.05 to 1.32, from there on 0.95 to 1.13.
 def choose_backend(device: torch.device, largest: int, experts: int) -> Backend:
     """How to run so many `experts` whose largest matrix has `largest` numbers.
 
-    On the CPU the loop, except where Python is what takes the time. On GPUs, unmeasured, `grouped_mm`, which needs no
-    numbers from the device; the loop and `bmm` do.
+    On the CPU the loop, except where Python is what takes the time. On GPUs, unmeasured, `grouped_mm`, which in bfloat16
+    needs no numbers from the device; the loop and `bmm` do, and so does it in float32.
     """
     if device.type == "cpu" and (largest >= SMALL or experts <= MANY):
         return "loop"
@@ -65,17 +65,20 @@ class Experts(nn.Module):
         self.largest = max((stack[0].numel() for stack in self.layer.parameters()), default=0)
         self.grouped = _can_group(provider, (d_model, d_ff, dropout, activation))
 
-    def forward(self, rows: Tensor, offsets: Tensor, experts: Tensor, backend: Backend = "loop") -> Tensor:
+    def forward(
+        self, rows: Tensor, offsets: Tensor, experts: Tensor, backend: Backend = "loop", tail: bool = True
+    ) -> Tensor:
         """`rows` [rows, d_model] -> the same; `offsets` [experts] and `experts` [rows] as in `apt_moe.dispatch.Plan`.
 
-        What comes out for rows that no expert owns is finite and otherwise unspecified.
+        What comes out for rows that no expert owns is finite and otherwise unspecified. `tail` is False where there are
+        no such rows, which spares clearing them.
         """
         if not self.grouped:
             return self._one_by_one(rows, offsets)
         if backend == "bmm":
             return self._padded(rows, offsets, experts)
         kernel: Kernel = "grouped_mm" if backend == "grouped_mm" else "loop"
-        with _Grouped(partial(grouped_linear, offsets=offsets, experts=experts, kernel=kernel)):
+        with _Grouped(partial(grouped_linear, offsets=offsets, experts=experts, kernel=kernel, tail=tail)):
             return _output(self.layer(rows.unsqueeze(0))).squeeze(0)
 
     def every(self, tokens: Tensor, shares: Tensor) -> Tensor:
@@ -110,6 +113,13 @@ class Experts(nn.Module):
             for owner, stack in zip(owners, stacks, strict=True):
                 owner.update(stack)
         return (torch.cat(outputs).view(*indices.shape, -1) * weights.unsqueeze(-1)).sum(1)
+
+    def gathered(self, tokens: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """The same on an accelerator, where nothing is waited for: each choice's matrices are copied, and multiplied at once."""
+        rows = tokens.unsqueeze(1).expand(*indices.shape, -1).reshape(-1, tokens.shape[1])
+        with _Grouped(partial(_gathered_linear, experts=indices.reshape(-1))):
+            output = _output(self.layer(rows.unsqueeze(0))).squeeze(0)
+        return (output.view(*indices.shape, -1) * weights.unsqueeze(-1)).sum(1)
 
     def _padded(self, rows: Tensor, offsets: Tensor, experts: Tensor) -> Tensor:
         """As many rows for each expert as the busiest has, and one batched product for each linear map."""
@@ -206,6 +216,12 @@ def _batched_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, *, room: 
     """`rows` [experts * room, in]."""
     product = torch.matmul(rows.view(-1, room, rows.shape[1]), weight.transpose(1, 2))
     return (product if bias is None else product + bias.unsqueeze(1)).flatten(0, 1)
+
+
+def _gathered_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, *, experts: Tensor) -> Tensor:
+    """`rows` [rows, in], row n by the matrix of expert ``experts[n]``."""
+    product = torch.matmul(weight.index_select(0, experts), rows.unsqueeze(-1)).squeeze(-1)
+    return product if bias is None else product + bias.index_select(0, experts)
 
 
 def _stacked(provider: FFNProvider, num_experts: int, sizes: tuple[int, int, float, str]) -> nn.Module:

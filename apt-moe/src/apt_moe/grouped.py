@@ -3,9 +3,10 @@
 There are two kernels. ``loop`` is a matrix product for each expert that owns rows; on the CPU nothing was measured to be
 faster, since `torch.nn.functional.grouped_mm` is the same loop there, its gradient's memory is fresh at every step, and a
 product with few rows is twice as fast with the operands exchanged. ``grouped_mm`` is one kernel on GPUs of compute
-capability 9 and newer. It has traps on the CPU (torch 2.13): no float32 under compile or on the meta device, an error on
-expanded gradients and on sizes that are no multiple of 16 bytes, rows behind the last offset left uninitialised, autocast
-ignored, and 0 counted FLOPs. The operators here wrap both kernels and have none of them.
+capability 9 and newer, in bfloat16; in other dtypes it reads the offsets back and loops. It has traps: no float32 under
+compile or on the meta device, an error on expanded gradients and on sizes that are no multiple of 16 bytes, rows behind
+the last offset left uninitialised, autocast ignored, and 0 counted FLOPs. The operators here wrap both kernels and have
+none of them.
 """
 
 from __future__ import annotations
@@ -26,14 +27,24 @@ Kernel = Literal["loop", "grouped_mm"]
 FEW = 16
 """Rows up to which W x^T is faster than x W^T on the CPU (measured, `benchmarks/moe.py kernels`)."""
 
+MOST = 1024
+"""Experts from which on `torch.nn.functional.grouped_mm` refuses them on GPUs."""
+
 
 def grouped_linear(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, experts: Tensor, kernel: Kernel = "loop"
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    offsets: Tensor,
+    experts: Tensor,
+    kernel: Kernel = "loop",
+    tail: bool = True,
 ) -> Tensor:
     """``rows[n] @ weight[e].T + bias[e]`` with e the expert of row n; rows that no expert owns give ``bias[e]``.
 
     `rows` [rows, in], sorted by expert; `weight` [experts, out, in]; `bias` [experts, out]; `offsets` [experts] int32,
-    where each expert's rows end; `experts` [rows]. Under autocast it computes in autocast's dtype.
+    where each expert's rows end; `experts` [rows]. `tail` is False where every row has an owner, and none needs to be
+    cleared. Under autocast it computes in autocast's dtype.
     """
     device = rows.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -41,25 +52,34 @@ def grouped_linear(
         rows, weight = rows.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     if (
-        kernel == "loop"
-        and device == "cpu"
+        (device == "cuda" or (kernel == "loop" and device == "cpu"))
         and type(rows) in (Tensor, nn.Parameter)
         and not torch.compiler.is_compiling()
     ):
         # An operator of our own costs a tenth of a millisecond a call, as much as the product of one token.
-        product: Tensor = _Product.apply(rows, weight, offsets, kernel)  # type: ignore[no-untyped-call]
+        product: Tensor = _Product.apply(rows, weight, offsets, kernel, tail)  # type: ignore[no-untyped-call]
     else:
-        product = torch.ops.apt_moe.grouped_mm(rows, weight, offsets, kernel)
-    return product if bias is None else product + bias.index_select(0, experts)
+        product = torch.ops.apt_moe.grouped_mm(rows, weight, offsets, kernel, tail)
+    if bias is None:
+        return product
+    if device == "cpu":
+        return product + bias.index_select(0, experts)
+    biased: Tensor = _Bias.apply(product, bias, offsets, experts, kernel)  # type: ignore[no-untyped-call]
+    return biased
 
 
-def _multiply(rows: Tensor, weight: Tensor, offsets: Tensor, kernel: str, transpose: bool) -> Tensor:
-    """``rows[n] @ weight[e]``, or ``weight[e].T`` where `transpose` is set; rows behind the last offset give 0."""
-    if kernel == "grouped_mm" and _aligned(rows, weight):
+def _multiply(rows: Tensor, weight: Tensor, offsets: Tensor, kernel: str, transpose: bool, tail: bool) -> Tensor:
+    """``rows[n] @ weight[e]``, or ``weight[e].T`` where `transpose` is set; rows behind the last offset give 0.
+
+    Without `tail` there are no such rows.
+    """
+    if kernel == "grouped_mm" and offsets.shape[0] < MOST and _aligned(rows, weight):
+        if not rows.shape[0]:
+            return rows.new_zeros(0, weight.shape[1 if transpose else 2])
         product = functional.grouped_mm(
             rows.contiguous(), weight.transpose(1, 2) if transpose else weight, offs=offsets
         )
-        return _clear_tail(product, offsets)
+        return _clear_tail(product, offsets) if tail else product
     product = rows.new_empty(rows.shape[0], weight.shape[1 if transpose else 2])
     upcast = _is_slow(rows)
     matrices = weight.unbind(0)
@@ -79,7 +99,10 @@ def _multiply(rows: Tensor, weight: Tensor, offsets: Tensor, kernel: str, transp
 
 def _outer(grad: Tensor, rows: Tensor, offsets: Tensor, kernel: str) -> Tensor:
     """The gradient of the product to its weight: [rows, out] and [rows, in] -> [experts, out, in]."""
-    if kernel == "grouped_mm" and _aligned(grad, rows):
+    if kernel == "grouped_mm" and offsets.shape[0] < MOST and _aligned(grad, rows):
+        if not rows.shape[0]:
+            return rows.new_zeros(offsets.shape[0], grad.shape[1], rows.shape[1])
+        # The left operand by columns and the right one by rows: so the kernel takes experts without rows, and gives them 0.
         return functional.grouped_mm(grad.contiguous().t(), rows.contiguous(), offs=offsets)
     shape = (offsets.shape[0], grad.shape[1], rows.shape[1])
     product = recycler.empty(shape, rows.dtype) if rows.device.type == "cpu" else rows.new_empty(shape)
@@ -100,8 +123,8 @@ def _outer(grad: Tensor, rows: Tensor, offsets: Tensor, kernel: str) -> Tensor:
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(rows: Tensor, weight: Tensor, offsets: Tensor, kernel: str) -> Tensor:
-        return _multiply(rows, weight, offsets, kernel, True)
+    def forward(rows: Tensor, weight: Tensor, offsets: Tensor, kernel: str, tail: bool) -> Tensor:
+        return _multiply(rows, weight, offsets, kernel, True, tail)
 
     @staticmethod
     def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -110,28 +133,58 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: torch.autograd.function.FunctionCtx, grad: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         rows, weight, offsets = ctx.saved_tensors  # type: ignore[attr-defined]
         needs_rows, needs_weight, *_ = ctx.needs_input_grad  # type: ignore[attr-defined]
-        kernel, grad = ctx.kernel, grad.contiguous()  # type: ignore[attr-defined]
+        kernel, tail, grad = ctx.kernel, ctx.tail, grad.contiguous()  # type: ignore[attr-defined]
         return (
-            _multiply(grad, weight, offsets, kernel, False) if needs_rows else None,
+            _multiply(grad, weight, offsets, kernel, False, tail) if needs_rows else None,
             _outer(grad, rows, offsets, kernel) if needs_weight else None,
+            None,
             None,
             None,
         )
 
 
+class _Bias(torch.autograd.Function):
+    """``product[n] + bias[e]``, with a gradient that is summed in one order: that of `index_select` is summed by atomics.
+
+    Rows that no expert owns are not in the bias's gradient; where a mixture has such rows, their gradient is 0.
+    """
+
+    @staticmethod
+    def forward(product: Tensor, bias: Tensor, offsets: Tensor, experts: Tensor, kernel: str) -> Tensor:
+        return product + bias.index_select(0, experts)
+
+    @staticmethod
+    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        _, _, offsets, _, ctx.kernel = inputs  # type: ignore[attr-defined]
+        ctx.save_for_backward(offsets)
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
+    ) -> tuple[Tensor, Tensor | None, None, None, None]:
+        (offsets,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        _, needs_bias, *_ = ctx.needs_input_grad  # type: ignore[attr-defined]
+        of_bias = None
+        if needs_bias:
+            ones = grad.new_ones(grad.shape[0], 16 // grad.element_size())  # the narrowest that the kernel takes
+            summed = torch.ops.apt_moe.grouped_outer(grad.contiguous(), ones, offsets, ctx.kernel)  # type: ignore[attr-defined]
+            of_bias = summed[..., 0].contiguous()
+        return grad, of_bias, None, None, None
+
+
 @torch.library.custom_op("apt_moe::grouped_mm", mutates_args=())
-def grouped_mm(rows: Tensor, weight: Tensor, offsets: Tensor, kernel: str) -> Tensor:
+def grouped_mm(rows: Tensor, weight: Tensor, offsets: Tensor, kernel: str, tail: bool) -> Tensor:
     """[rows, in] by [experts, out, in] -> [rows, out]; rows behind the last offset give 0."""
-    return _multiply(rows, weight, offsets, kernel, True)
+    return _multiply(rows, weight, offsets, kernel, True, tail)
 
 
 @torch.library.custom_op("apt_moe::grouped_mm_back", mutates_args=())
-def grouped_mm_back(grad: Tensor, weight: Tensor, offsets: Tensor, kernel: str) -> Tensor:
+def grouped_mm_back(grad: Tensor, weight: Tensor, offsets: Tensor, kernel: str, tail: bool) -> Tensor:
     """The gradient of `grouped_mm` to its rows: [rows, out] by [experts, out, in] -> [rows, in]."""
-    return _multiply(grad, weight, offsets, kernel, False)
+    return _multiply(grad, weight, offsets, kernel, False, tail)
 
 
 @torch.library.custom_op("apt_moe::grouped_outer", mutates_args=())
@@ -141,12 +194,12 @@ def grouped_outer(grad: Tensor, rows: Tensor, offsets: Tensor, kernel: str) -> T
 
 
 @grouped_mm.register_fake
-def _(rows: Tensor, weight: Tensor, offsets: Tensor, kernel: str) -> Tensor:
+def _(rows: Tensor, weight: Tensor, offsets: Tensor, kernel: str, tail: bool) -> Tensor:
     return rows.new_empty(rows.shape[0], weight.shape[1])
 
 
 @grouped_mm_back.register_fake
-def _(grad: Tensor, weight: Tensor, offsets: Tensor, kernel: str) -> Tensor:
+def _(grad: Tensor, weight: Tensor, offsets: Tensor, kernel: str, tail: bool) -> Tensor:
     return grad.new_empty(grad.shape[0], weight.shape[2])
 
 
@@ -156,20 +209,21 @@ def _(grad: Tensor, rows: Tensor, offsets: Tensor, kernel: str) -> Tensor:
 
 
 def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    *tensors, ctx.kernel = inputs  # type: ignore[attr-defined]
+    *tensors, ctx.kernel, ctx.tail = inputs  # type: ignore[attr-defined]
     ctx.save_for_backward(*tensors)
 
 
 def _backward(
     ctx: torch.autograd.function.FunctionCtx, grad: Tensor
-) -> tuple[Tensor | None, Tensor | None, None, None]:
+) -> tuple[Tensor | None, Tensor | None, None, None, None]:
     rows, weight, offsets = ctx.saved_tensors  # type: ignore[attr-defined]
     needs_rows, needs_weight, *_ = ctx.needs_input_grad  # type: ignore[attr-defined]
-    operators, kernel = torch.ops.apt_moe, ctx.kernel  # type: ignore[attr-defined]
+    operators, kernel, tail = torch.ops.apt_moe, ctx.kernel, ctx.tail  # type: ignore[attr-defined]
     grad = grad.contiguous()
     return (
-        operators.grouped_mm_back(grad, weight, offsets, kernel) if needs_rows else None,
+        operators.grouped_mm_back(grad, weight, offsets, kernel, tail) if needs_rows else None,
         operators.grouped_outer(grad, rows, offsets, kernel) if needs_weight else None,
+        None,
         None,
         None,
     )
@@ -199,8 +253,13 @@ def _is_slow(rows: Tensor) -> bool:
 
 
 def _aligned(*operands: Tensor) -> bool:
-    """Whether `torch.nn.functional.grouped_mm` takes them: its dtypes, and sizes that are multiples of 16 bytes."""
+    """Whether `torch.nn.functional.grouped_mm` takes them: its dtypes, and sizes that are multiples of 16 bytes.
+
+    On a GPU the addresses have to be such multiples too.
+    """
     if operands[0].dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    if operands[0].device.type == "cuda" and any(operand.data_ptr() % 16 for operand in operands):
         return False
     return all(size * operand.element_size() % 16 == 0 for operand in operands for size in operand.shape[1:])
 

@@ -20,6 +20,9 @@ from apt_moe.upcycling import Upcycling
 FEW = 8
 """Choices of experts that are followed one by one in writing: sorting costs as much as some eight experts of a small layer."""
 
+FEW_ON_ACCELERATORS = 16
+"""Choices whose matrices are copied in writing, where that takes less than sorting (unmeasured)."""
+
 
 class MixtureOfExperts(nn.Module):
     """y = c sum_{e in top k} w_e f_e(x) + d sum_s f_s(x), w and the choice from the router, s the shared experts.
@@ -67,6 +70,8 @@ class MixtureOfExperts(nn.Module):
         self.shared_scale = 1.0 if dense is None else 1 / (1 + len(shared))
         self.routed_scale = 1.0 if dense is None else granularity * self.shared_scale
         self.register_buffer("capacity_factor", torch.tensor(capacity_factor, dtype=torch.float32))
+        self._known: tuple[Tensor, int, bool] | None = None
+        """The capacity's buffer when it was last read, its version, and whether it was finite."""
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None, tokens: Tensor | None = None) -> Part:
         """`x` [batch, seq, d_model]; `mask` [batch, seq], False for padding, which counts in no loss and no metric.
@@ -83,7 +88,8 @@ class MixtureOfExperts(nn.Module):
         indices, weights, losses = self.router_provider.route(self.router, x, self.training, **routed)
         indices, weights = indices.flatten(0, 1), weights.flatten(0, 1)
         if self._is_writing(x, indices):
-            output, metrics = self.experts.few(x.flatten(0, 1), indices, weights), {}
+            experts = self.experts.few if x.device.type == "cpu" else self.experts.gathered
+            output, metrics = experts(x.flatten(0, 1), indices, weights), {}
         else:
             plan = self._plan(indices, weights, mask)
             output, metrics = self._run(x.flatten(0, 1), indices, weights, plan), self._metrics(x, indices, plan, mask)
@@ -96,15 +102,21 @@ class MixtureOfExperts(nn.Module):
         return Part(output, losses, metrics)
 
     def _is_writing(self, x: Tensor, indices: Tensor) -> bool:
-        """Whether this is one more token of few texts, whose experts may be called one after the other."""
-        return (
-            x.shape[1] == 1
-            and 0 < indices.numel() <= FEW
-            and not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-            and x.device.type == "cpu"
-            and self.backend == "auto"
-            and self.mesh is None
-        )
+        """Whether this is one more token of few texts, whose experts are run without sorting.
+
+        On the CPU they are called one after the other, which waits for their numbers and is nothing to compile.
+        """
+        if (
+            x.shape[1] != 1
+            or self.training
+            or torch.is_grad_enabled()
+            or self.backend != "auto"
+            or self.mesh is not None
+        ):
+            return False
+        if x.device.type == "cpu":
+            return 0 < indices.numel() <= FEW and not torch.compiler.is_compiling()
+        return 0 < indices.numel() <= FEW_ON_ACCELERATORS and self.experts.grouped
 
     def _plan(self, indices: Tensor, weights: Tensor, mask: Tensor | None) -> dispatch.Plan:
         counted = None if mask is None else mask.flatten()
@@ -129,16 +141,31 @@ class MixtureOfExperts(nn.Module):
         if self.mesh is not None:
             rows = run_sharded(self.experts, rows, plan, self.mesh, backend)
         else:
-            rows = self.experts(rows, plan.offsets, plan.experts, backend)
-        return dispatch.combine(rows, weights, plan)
+            offsets, tail = plan.offsets, plan.kept is not None
+            if tail and backend == "grouped_mm" and not self.router_provider.supports_expert_choice():
+                # The few rows that found no room are run too, with weight 0: clearing what the kernel leaves unwritten
+                # would pass over all rows, in each product and its gradient.
+                offsets, tail = plan.whole(), False
+            rows = self.experts(rows, offsets, plan.experts, backend, tail)
+        return dispatch.combine(rows, weights, plan, tokens.dtype)
 
     def _is_limited(self) -> bool:
-        """Whether a capacity is to be kept; known without waiting for a device only in eager mode on the CPU."""
+        """Whether a capacity is to be kept. In compiled code it always is, since infinity is no limit either.
+
+        Else the number is read, which waits for an accelerator; so there it is read again only after it was changed
+        from infinity.
+        """
         if not self.training:
             return False
-        if torch.compiler.is_compiling() or self.capacity_factor.device.type != "cpu":
+        factor = self.capacity_factor
+        if torch.compiler.is_compiling() or factor.is_meta or type(factor) is not Tensor:
             return True
-        return math.isfinite(self.capacity_factor.item())
+        if factor.device.type == "cpu":
+            return math.isfinite(factor.item())
+        known = self._known
+        if known is None or known[0] is not factor or (known[1] != factor._version and not known[2]):
+            known = self._known = (factor, factor._version, math.isfinite(factor.item()))
+        return known[2]
 
     def share_out(self, mesh: DeviceMesh) -> list[nn.Parameter]:
         """Keep this rank's share of the experts; see `apt.layers.Shareable`."""
@@ -168,7 +195,7 @@ class MixtureOfExperts(nn.Module):
                 load = sent.sum(0).float()
                 metrics["moe_load"] = load / load.sum().clamp(min=1)
                 # What no expert chose goes by the residual.
-                tokens = x.new_tensor(len(sent), dtype=torch.float32) if mask is None else mask.sum()
+                tokens = x.new_full((), len(sent), dtype=torch.float32) if mask is None else mask.sum()
                 metrics["moe_dropped"] = (tokens - sent.any(-1).sum()) / tokens.clamp(min=1)
             else:
                 metrics["moe_dropped"] = (load.sum() - kept.sum()) / total

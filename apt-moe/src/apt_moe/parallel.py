@@ -67,6 +67,6 @@ def run_sharded(experts: Experts, rows: Tensor, plan: Plan, mesh: DeviceMesh, ba
     order = owner.argsort(stable=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=rows.device))
     ends = coming.sum(0).cumsum(0).to(torch.int32)
-    output = experts(arrived.index_select(0, order), ends, owner[order], backend).index_select(0, inverse)
+    output = experts(arrived.index_select(0, order), ends, owner[order], backend, tail=False).index_select(0, inverse)
     returned = all_to_all_single_autograd(output, sent, received, mesh)
     return torch.cat([returned, returned.new_zeros(len(rows) - owned, rows.shape[1])])
