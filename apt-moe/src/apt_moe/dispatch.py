@@ -154,6 +154,8 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         rows, weights, order, inverse = ctx.saved_tensors  # type: ignore[attr-defined]
+        if grad.is_cuda:
+            grad = grad.to(rows.dtype)  # as under autocast a dense layer's is, and before each is copied k times
         grad = grad.index_select(0, order // weights.shape[1])
         products = grad * rows
         sums = products.sum(1, dtype=torch.promote_types(products.dtype, weights.dtype)).to(weights.dtype)

@@ -137,6 +137,9 @@ class MixtureOfExperts(nn.Module):
             kept = weights if plan.kept is None else weights * plan.kept.view_as(weights)
             shares = kept.new_zeros(len(tokens), self.experts.num_experts).scatter_add(1, indices, kept)
             return self.experts.every(tokens, shares)
+        wanted = tokens.dtype
+        if tokens.is_cuda and self.experts.grouped and torch.is_autocast_enabled("cuda"):
+            tokens = tokens.to(torch.get_autocast_dtype("cuda"))  # before each is copied k times
         rows = dispatch.dispatch(tokens, plan)
         if self.mesh is not None:
             rows = run_sharded(self.experts, rows, plan, self.mesh, backend)
@@ -147,7 +150,7 @@ class MixtureOfExperts(nn.Module):
                 # would pass over all rows, in each product and its gradient.
                 offsets, tail = plan.whole(), False
             rows = self.experts(rows, offsets, plan.experts, backend, tail)
-        return dispatch.combine(rows, weights, plan, tokens.dtype)
+        return dispatch.combine(rows, weights, plan, wanted)
 
     def _is_limited(self) -> bool:
         """Whether a capacity is to be kept. In compiled code it always is, since infinity is no limit either.
