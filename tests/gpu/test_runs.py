@@ -15,6 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from apt.cli import main
 from apt.core.profile import load_profile
 from apt.errors import AptError, UserError
 from apt.training.checkpoint import find_checkpoint, load_run, load_weights, read_saved
@@ -64,6 +65,26 @@ def test_a_run_of_a_gpu_goes_on_on_the_cpu_and_the_other_way_round(profile: Path
         fit(profile, whole, f"hardware.device={first}", "model.dropout=0.0")
         fit(profile, rest, f"hardware.device={then}", "model.dropout=0.0", resume=str(whole / "step-000003"))
         assert curve(rest) == pytest.approx(curve(whole)[3:], abs=1e-4)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*TensorFloat32 tensor cores", "ignore:.*torch._inductor", "ignore:.*Online softmax"
+)
+def test_commands_score_and_write_on_the_gpu_what_they_do_on_the_cpu(
+    profile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = fit(profile, tmp_path / "run").folder.parent
+    said = []
+    for words in (["--device", "cpu"], ["--device", "cuda"], []):
+        assert main(["evaluate", str(run), *words]) == 0
+        said.append(float(capsys.readouterr().out.split()[1]))
+    assert said == pytest.approx([said[0]] * 3, abs=2e-4)
+    words = ["generate", str(run), "--prompt", "def f", "--max-new-tokens", "20", "--temperature", "0"]
+    for more in ([], ["--compile"], ["--dtype", "bf16", "--compile"], ["--quantize", "int8"]):
+        assert main([*words, *more]) == 0
+        assert capsys.readouterr().out.startswith("def f")
+    assert main([*words, "--quantize", "int8", "--device", "cuda"]) == 2
+    assert "is for the CPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

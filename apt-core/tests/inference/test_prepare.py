@@ -195,3 +195,7 @@ def test_the_command_line_says_what_fewer_bits_cost(
     assert captured.out.startswith("[1] ab")
     assert "\n[2] x" in captured.out
     assert "of the weights that a token meets are in int8" in captured.err
+    assert main(["generate", str(run), *prompts, "--device", "cpu"]) == 0
+    if not torch.cuda.is_available():
+        assert main(["generate", str(run), *prompts, "--device", "cuda"]) == 2
+        assert "--device: cuda is asked for, but PyTorch sees no GPU; use auto or cpu" in capsys.readouterr().err

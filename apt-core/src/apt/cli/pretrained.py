@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from apt.cli.running import (
     add_compile,
-    add_precision,
+    add_place,
     add_run,
     add_sampling,
     add_weights,
     hooks_of,
+    load_in_place,
     load_weights,
     prepare_run,
 )
@@ -56,7 +57,7 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
         "--template", type=Path, metavar="FILE", help="a chat template (Jinja) in place of the model's own"
     )
     add_sampling(chat, max_new_tokens=512)
-    add_precision(chat)
+    add_place(chat)
     add_weights(chat)
     add_compile(chat)
     chat.set_defaults(run=_chat)
@@ -87,7 +88,7 @@ HELP = "/clear forgets the conversation, /exit ends it (so does Ctrl-D); Ctrl-C 
 
 
 def _chat(arguments: argparse.Namespace) -> int:
-    run = load_weights(arguments)
+    run = load_in_place(arguments)
     from apt.inference.chat import Chat
     from apt.inference.sampling import Sampling
 

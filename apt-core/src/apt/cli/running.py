@@ -71,7 +71,7 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
         help="the text to go on from; several are read and written together",
     )
     add_sampling(generate, max_new_tokens=200)
-    add_precision(generate)
+    add_place(generate)
     add_compile(generate)
     add_weights(generate)
     generate.add_argument(
@@ -88,7 +88,7 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     add_run(evaluate)
     evaluate.add_argument("--split", choices=("validation", "test"), default="validation", help="default: validation")
-    add_precision(evaluate)
+    add_place(evaluate)
     add_weights(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
@@ -127,8 +127,14 @@ def add_sampling(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> Non
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
 
 
-def add_precision(parser: argparse.ArgumentParser) -> None:
-    """In how many bits the model runs."""
+def add_place(parser: argparse.ArgumentParser) -> None:
+    """Where the model runs, and in how many bits."""
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="default: auto, the GPU where there is one, but the CPU with --quantize",
+    )
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights and activations")
     parser.add_argument(
         "--quantize", choices=("int8",), help="eight bits for the linear layers, head included: the fastest on a CPU"
@@ -308,6 +314,16 @@ def load_weights(arguments: argparse.Namespace) -> LoadedRun:
     return run
 
 
+def load_in_place(arguments: argparse.Namespace) -> LoadedRun:
+    """The run that the options name, with the weights that they name, where they say."""
+    run = load_weights(arguments)
+    from apt.training.assembly import pick_device
+
+    asked = "cpu" if arguments.device == "auto" and arguments.quantize is not None else arguments.device
+    run.model.to(pick_device(asked, "--device"))
+    return run
+
+
 def prepare_run(run: LoadedRun, arguments: argparse.Namespace, *, compiled: bool = False) -> None:
     """Change the run's model to the precision that was asked for."""
     from apt.inference.prepare import prepare
@@ -318,7 +334,7 @@ def prepare_run(run: LoadedRun, arguments: argparse.Namespace, *, compiled: bool
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    run = load_weights(arguments)
+    run = load_in_place(arguments)
     from apt.inference.generate import generate, generate_batch
 
     prepare_run(run, arguments, compiled=arguments.compile)
@@ -371,7 +387,7 @@ def hooks_of(run: LoadedRun, rag: Path | None = None) -> HookRunner:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    run = load_weights(arguments)
+    run = load_in_place(arguments)
     from rich.console import Console
 
     from apt.runs import open_text, score_run

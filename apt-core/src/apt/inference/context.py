@@ -120,7 +120,9 @@ class Context:
             except RuntimeError as error:
                 # Something in the model waits for the GPU, or allocates where a recording must not.
                 reason = str(error).partition("\n")[0]
-                warnings.warn(f"the compiled step is not recorded as a CUDA graph, which is slower: {reason}", stacklevel=2)
+                warnings.warn(
+                    f"the compiled step is not recorded as a CUDA graph, which is slower: {reason}", stacklevel=2
+                )
                 self._records, self._recorded = False, None
         return self._recorded
 

@@ -72,7 +72,7 @@ def assemble(
     training = config.training
     if config.hardware.threads is not None:
         torch.set_num_threads(config.hardware.threads)
-    device = _device(config)
+    device = pick_device(config.hardware.device, "hardware.device")
     attention = resolved.providers["attention"]
     if isinstance(attention, AttentionProvider) and not attention.supports_training(device.type):
         raise UserError(
@@ -117,8 +117,8 @@ def assemble(
     )
 
 
-def _device(config: APTConfig) -> torch.device:
-    asked = config.hardware.device
+def pick_device(asked: str, asked_by: str) -> torch.device:
+    """Where to compute: ``auto`` is the GPU where there is one. Raises `UserError` for a GPU that is not there."""
     if asked == "cuda" and not torch.cuda.is_available():
-        raise UserError("hardware.device: cuda is asked for, but PyTorch sees no GPU; use auto or cpu")
+        raise UserError(f"{asked_by}: cuda is asked for, but PyTorch sees no GPU; use auto or cpu")
     return torch.device("cuda" if asked == "cuda" or (asked == "auto" and torch.cuda.is_available()) else "cpu")
