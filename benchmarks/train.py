@@ -252,7 +252,7 @@ def apt_profile(
             "source": "files",
             "path": str(place / "text.txt"),
             "cache": str(place / f"cache-{form}-{matmul}-{compiled}"),
-            "tokenizer": "threes" if int(str(common["vocab"])) > LETTERS else "bytes",
+            "tokenizer": "threes" if int(str(common["vocab"])) > LETTERS else "byte",
         },
         "monitoring": {"plot": False},
     }

@@ -73,7 +73,7 @@ def test_a_run_of_a_gpu_goes_on_on_the_cpu_and_the_other_way_round(profile: Path
 def test_commands_score_and_write_on_the_gpu_what_they_do_on_the_cpu(
     profile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = fit(profile, tmp_path / "run").folder.parent
+    run = fit(profile, tmp_path / "run").folder
     said = []
     for words in (["--device", "cpu"], ["--device", "cuda"], []):
         assert main(["evaluate", str(run), *words]) == 0

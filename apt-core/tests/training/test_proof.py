@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from apt.core.profile import load_profile
 from apt.errors import ProofOfUseError
 from apt.hookspecs import RunState
 from apt.modeling.compose import ModelBuilder
 from apt.modeling.model import Decoder
+from apt.modeling.parts import BoundPart
 from apt.training.proof import ProofOfUse
+from apt.training.trainer import Trainer
 
 STATE = RunState(0, 0, 8, 2)
 
@@ -58,3 +62,22 @@ def test_every_part_that_did_not_run_is_named(model: Decoder) -> None:
         *("blocks.0.attention:", "blocks.0.ffn:", "blocks.1.attention:", "blocks.1.ffn:"),
     ]
     assert str(caught.value).count("its module did not run") == 4
+
+
+def test_a_run_that_goes_on_does_not_watch_again_what_has_proven_itself(
+    profile_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A step that is watched runs eagerly, and so to other bits than the compiled one of the run that was not stopped.
+    watched: list[int] = []
+    watch = ProofOfUse.watch
+
+    def counted(self: ProofOfUse, parts: list[BoundPart]) -> None:
+        watched.append(len(parts))
+        watch(self, parts)
+
+    monkeypatch.setattr(ProofOfUse, "watch", counted)
+    loaded = load_profile(profile_file, sets=["training.max_steps=3", "training.save_every=1", "training.keep_last=9"])
+    for out, resume in (("whole", "never"), ("rest", str(tmp_path / "whole" / "step-000001"))):
+        quiet = Console(file=io.StringIO())
+        Trainer(loaded.config, tmp_path / out, resolved=loaded.resolved, console=quiet, resume=resume).fit()
+    assert watched == [4, 0, 0, 0, 0]

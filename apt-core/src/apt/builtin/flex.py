@@ -6,6 +6,7 @@ it writes the scores out. A single query, as in decoding, goes the way of `sdpa`
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable
@@ -63,7 +64,9 @@ class FlexAttention(SDPAttention):
             blocks = None if inside else _find_blocks(q.shape[2], k.shape[2], causal, window, q.device)
         grouped = q.shape[1] != k.shape[1]
         kernel = _PLAIN if inside else _find_kernel(self.compiled)
-        with warnings.catch_warnings():
+        # In a step that runs eagerly too: the scores of a long text would not fit.
+        stance = contextlib.nullcontext() if inside else torch.compiler.set_stance("default")
+        with stance, warnings.catch_warnings():
             # Not to be compiled was asked for, or the whole model is.
             warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
             mixed = kernel(q, k, v, block_mask=blocks, scale=self.shape.scale, enable_gqa=grouped)

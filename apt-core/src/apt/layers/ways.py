@@ -152,6 +152,11 @@ def mix_by(
     if grouped and q.is_cuda and q.shape[2] > 1 and (visible is not None or q.dtype == torch.float32):
         # No fused kernel of PyTorch 2.11 is sure to take groups here, and without one the scores are written out.
         k, v, grouped = each_its_own(k, q.shape[1]), each_its_own(v, q.shape[1]), False
+    blank: Tensor | None = None
+    if visible is not None and q.is_cuda and q.shape[2] > 1:
+        # Not every kernel of a GPU gives 0 for a row that sees nothing, so such a row sees everything, and is left out after.
+        blank = ~visible.any(-1, keepdim=True)
+        visible = visible | blank
     mixed = functional.scaled_dot_product_attention(
         q,
         k,
@@ -162,6 +167,8 @@ def mix_by(
         scale=scale,
         enable_gqa=grouped,
     )
+    if blank is not None:
+        mixed = mixed.masked_fill(blank, 0)
     return mixed if way == "sdpa" else mixed[..., :v_width]
 
 

@@ -103,6 +103,7 @@ class Between:
                     progress={
                         **self.kept,
                         "left_out": left_out,
+                        "proven": [*self.parts.proof.proven],
                         "best": self.saver.best,
                         "metrics": self.journal.metrics.length,
                     },

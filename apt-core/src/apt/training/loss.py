@@ -36,7 +36,13 @@ class LossStep(nn.Module):
             output: Output = self.model(*batch.inputs)
             targets = batch.targets if batch.mask is None else batch.targets.masked_fill(~batch.mask, -100)
             # On a GPU a compiled run keeps no logits in float32, which would be most of its memory.
-            loss = (self._fused if output.logits.is_cuda else mean_loss)(output.logits, targets)
+            if output.logits.is_cuda:
+                with torch.compiler.set_stance(
+                    "default"
+                ):  # in a step that runs eagerly too: the memory is what it is for
+                    loss = self._fused(output.logits, targets)
+            else:
+                loss = mean_loss(output.logits, targets)
             extra = dict(output.losses)
             hook = self.hooks.hook.apt_loss_extra
             for losses in hook(state=state, model=self.model, batch=batch, output=output):

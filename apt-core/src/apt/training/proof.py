@@ -7,7 +7,7 @@ that a provider declares must have arrived by the first step in which it weighs 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +57,8 @@ class ProofOfUse:
     def __init__(self, model: nn.Module, plugins: Mapping[str, Plugin] | None = None) -> None:
         self.model = model
         self.pending = find_parts(model)
+        self.proven: list[str] = []
+        """The paths of the parts that have proven themselves, for a run that goes on: they are not watched again."""
         parts: list[tuple[str, nn.Module | None, Provider]] = [
             (part.path, part.module, part.provider) for part in self.pending
         ]
@@ -76,6 +78,11 @@ class ProofOfUse:
             return []
         idle = self._idle()
         return [part for part in self.pending if getattr(part.module, "active", True) and part.module not in idle]
+
+    def take_over(self, proven: Iterable[str]) -> None:
+        """The parts at these paths have proven themselves."""
+        self.proven += proven
+        self.pending = [part for part in self.pending if part.path not in self.proven]
 
     def watch(self, parts: list[BoundPart]) -> None:
         """Note which modules run from now on."""
@@ -105,8 +112,7 @@ class ProofOfUse:
             raise ProofOfUseError(
                 f"step {state.step}: what is switched on does not take part in training:\n  " + "\n  ".join(faults)
             )
-        proven = {part.path for part in parts}
-        self.pending = [part for part in self.pending if part.path not in proven]
+        self.take_over([part.path for part in parts])
         self._settled = state.plugins_on
         self._ran.clear()
 

@@ -64,6 +64,8 @@ def take_over(
         raise CheckpointError(f"{folder}: step {state.step} is the end of this profile; raise max_epochs or max_steps")
     check_phase(folder, state, config)
     if not start.is_branch:
+        # A step that is watched runs eagerly, and so to other bits than a compiled one.
+        parts.proof.take_over(progress.get("proven", ()))
         return Taken(
             left_out=progress["left_out"],
             metrics=progress.get("metrics", sys.maxsize),
