@@ -10,6 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from apt.cli import main
+from apt.cli.show import size
+from apt.core.estimate import estimate
+from apt.core.resolve import resolve_config
 from apt.training.checkpoint import load_run
 from apt.training.weights import list_weights, use_weights
 
@@ -47,6 +50,18 @@ def test_export_writes_the_weights_that_are_asked_for(run: Path, tmp_path: Path)
         assert torch.equal(written["model.embed_tokens.weight"], expected)
     assert main(["export", "hf", str(run), str(tmp_path / "other"), "--weights", "other"]) == 2
     assert not (tmp_path / "other").exists()
+
+
+def test_the_memory_that_check_foretells_holds_them(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loaded = load_run(run)
+    held = sum(each.nbytes for name, each in load_file(loaded.folder / "extra.safetensors").items() if ".ema." in name)
+    cost = estimate(loaded.config, loaded.resolved)
+    assert cost.averages == held > 0
+    plain = loaded.config.model_copy(update={"align_name": "bistate_default", "options": {}, "plugins": ()})
+    assert estimate(plain, resolve_config(plain)).averages == 0
+    assert cost.training_memory == cost.weights + cost.gradients + cost.optimizer + held + cost.activations
+    assert main(["check", str(run / "resolved.yaml")]) == 0
+    assert f"averaged weights {size(held)}, " in capsys.readouterr().out
 
 
 def test_chat_and_generate_speak_with_them(

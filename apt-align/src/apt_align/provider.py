@@ -64,6 +64,10 @@ class Consistency(AlignProvider):
         """Another pass with its backward, a forward alone, or none."""
         return {"dropout": (self.num_passes - 1, self.num_passes - 1), "ema": (1, 0)}.get(self.source, (0, 0))
 
+    def get_weight_copies(self) -> int:
+        """One, where the weights are averaged."""
+        return int(self.average_decay is not None)
+
     def get_weight(self, epoch: int, max_epochs: int) -> float:
         """The weight of the loss where no schedule sets it."""
         if self.warmup is None:

@@ -302,10 +302,11 @@ def _check(arguments: argparse.Namespace) -> int:
     if "align" in resolved.providers:
         print(_align_cost(cost))
     batch = config.training.batch_size
+    averages = f"averaged weights {size(cost.averages)}, " if cost.averages else ""
     print(
         f"\nmemory of training, batches of {batch} x {config.max_seq_len}: {size(cost.training_memory)} "
         f"(weights {size(cost.weights)}, gradients {size(cost.gradients)}, optimizer {size(cost.optimizer)}, "
-        f"activations {size(cost.activations)})\nKV cache: {size(cost.cache_per_token)} a token\n"
+        f"{averages}activations {size(cost.activations)})\nKV cache: {size(cost.cache_per_token)} a token\n"
     )
     _print_plan(profile)
     print_providers(resolved.resolutions)

@@ -36,6 +36,8 @@ class Estimate:
     gradients: int
     optimizer: int
     """Two moments a parameter; one for the matrices that Muon trains."""
+    averages: int
+    """Copies of the weights that alignment keeps, such as their average; checkpoints hold them too."""
     activations: int
     cache_per_token: int
     step_cost: float
@@ -61,7 +63,7 @@ class Estimate:
     @property
     def training_memory(self) -> int:
         """The peak of a training step, beside what PyTorch itself takes."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.gradients + self.optimizer + self.averages + self.activations
 
 
 def estimate(config: APTConfig, resolved: Resolved) -> Estimate:
@@ -117,9 +119,10 @@ def estimate(config: APTConfig, resolved: Resolved) -> Estimate:
         size = align.get_parameter_count(width)
         parts.append(PartCost("align", align.get_name(), 1, size, size, 2.0 * size))
     parameters = sum(part.parameters for part in parts)
-    step_cost, extra_passes = 1.0, (0, 0)
+    step_cost, extra_passes, copies = 1.0, (0, 0), 0
     if isinstance(align, AlignProvider):
         step_cost, extra_passes = align.get_step_cost(), align.get_extra_passes()
+        copies = align.get_weight_copies()
     kept_passes = 1 + extra_passes[1]
     matrices = 0
     if config.training.optimizer == "muon":
@@ -130,6 +133,7 @@ def estimate(config: APTConfig, resolved: Resolved) -> Estimate:
         weights=BYTES * parameters,
         gradients=BYTES * parameters,
         optimizer=BYTES * (2 * parameters - matrices),
+        averages=BYTES * copies * parameters,
         activations=kept_passes * _activations(config, attention, ffns),
         cache_per_token=BYTES * config.num_blocks * attention.get_cache_size(width, config.num_heads),
         step_cost=step_cost,

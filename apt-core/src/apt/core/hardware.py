@@ -55,7 +55,7 @@ class HardwareProfile(BaseModel):
         if config.hardware.device == "cuda" and not on_gpu:
             return False
         room = self.gpu_memory if on_gpu else self.ram_size
-        kept = (config.training.keep_last + 1) * (cost.weights + cost.optimizer)
+        kept = (config.training.keep_last + 1) * (cost.weights + cost.optimizer + cost.averages)
         return _peak(cost) <= room and kept / MB <= self.disk_space
 
 

@@ -51,6 +51,10 @@ class AlignProvider(Provider):
         """
         return 1, 1
 
+    def get_weight_copies(self) -> int:
+        """Copies of the model's weights, in float32, that training keeps for it, such as an average of them."""
+        return 0
+
     def get_step_cost(self) -> float:
         """What a training step with it on costs, in steps without it: a backward pass counts as two forward passes."""
         forward, backward = self.get_extra_passes()
