@@ -108,6 +108,15 @@ def test_too_little_text_is_refused(tmp_path: Path) -> None:
         Corpus.scan(Texts([]))
 
 
+def test_a_split_into_which_no_document_falls_is_refused_with_what_can_be_done(tmp_path: Path) -> None:
+    names = [name for name in map(str, range(40)) if split_of(name) != "validation"]
+    split = tokens_of([Document(name, "x" * 50) for name in names[:12]], "validation", tmp_path)
+    with pytest.raises(
+        DataError, match=r"no document falls into the validation split.*; give more documents, or join them"
+    ):
+        require(split, "validation", 16)
+
+
 def test_a_text_that_changes_between_two_readings_is_refused() -> None:
     source = Texts([Document(f"{number}", "abc") for number in range(12)])
     corpus = Corpus.scan(source)

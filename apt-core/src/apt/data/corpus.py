@@ -149,6 +149,12 @@ def require(split: TokenSplit, name: Split, seq_len: int) -> None:
     if isinstance(split, PairSplit):
         split.require(name, seq_len)
         return
+    if not split.num_documents:
+        raise DataError(
+            f"data: no document falls into the {name} split: a hash of its name puts each of {FEW} or more documents into one of "
+            f"the three, some {80 if name == 'train' else 10} of 100 into this one; give more documents, or join them to fewer "
+            f"than {FEW}, each of which is cut into 80, 10 and 10 hundredths"
+        )
     if len(split.tokens) < seq_len + 1:
         raise DataError(
             f"data: the {name} split has {len(split.tokens)} tokens in {split.num_documents} documents, fewer than "
