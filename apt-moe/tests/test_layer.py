@@ -215,7 +215,11 @@ def test_a_router_that_knows_no_mask_can_be_used_where_there_is_no_padding() -> 
         ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             return super().route(router, inputs, train)
 
-    assert mixture(router=Plain())(torch.randn(1, 3, 16)).output.shape == (1, 3, 16)
+    layer, x = mixture(router=Plain()), torch.randn(1, 3, 16)
+    assert layer(x).output.shape == (1, 3, 16)
+    # Where no loss is made padding does not matter to it.
+    mask = torch.tensor([[True, True, False]])
+    assert torch.equal(layer.eval()(x, mask=mask).output, layer(x).output)
 
 
 @pytest.mark.parametrize("capacity", [None, 0.5])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -10,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from apt.data.tokens import TokenSplit
-from apt.layers import Output
+from apt.layers import Output, Part
+from apt.modeling.block import TransformerBlock
+from apt.modeling.model import Decoder
 from apt.training.evaluate import evaluate
+from apt.training.ranks import Ranks
 
 IDS = 32
 
@@ -52,6 +56,40 @@ def test_a_few_batches_are_enough_where_that_is_asked() -> None:
     score, metrics = evaluate(Guess(1.0), split(1001, 1001), seq_len=8, batch_size=2, max_batches=3)
     assert score.num_tokens == 48
     assert set(metrics) == {"first"}
+
+
+class Attends(nn.Module):
+    """An attention that is not told of padding, since windows are read whole."""
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, **other: object) -> Tensor:
+        assert mask is None
+        return x
+
+
+class Counts(nn.Module):
+    """A feed-forward layer whose metric is how many tokens it is to count."""
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Part:
+        return Part(x, {}, {"counted": torch.tensor(float(x[..., 0].numel() if mask is None else mask.sum()))})
+
+
+class Second(Ranks):
+    """The second of two ranks, as if the first one had nothing to add."""
+
+    def sum(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(values)
+
+
+def test_what_fills_up_a_window_or_the_rows_of_the_ranks_counts_in_no_metric() -> None:
+    block = TransformerBlock(Attends(), Counts(), nn.Identity(), nn.Identity(), 0.0)
+    model = Decoder(nn.Embedding(IDS, 4), [block], nn.Identity(), dropout=0.0, max_seq_len=8, tie_embeddings=True)
+    # Four batches of three windows of eight tokens, and one of a window of five.
+    score, metrics = evaluate(model, split(102, 51), seq_len=8, batch_size=3)
+    assert score.num_tokens == 101
+    assert metrics["counted"].item() == pytest.approx((4 * 24 * 24 + 5 * 5) / 101)
+    for batch_size, counted in ((1, 0.0), (2, 8.0)):
+        _, metrics = evaluate(model, split(98, 51), seq_len=8, batch_size=batch_size, ranks=Second(1, 2))
+        assert metrics["counted"].item() == counted
 
 
 def test_no_random_state_is_touched() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -65,6 +66,8 @@ class MixtureOfExperts(nn.Module):
         self.backend = backend
         self.mesh: DeviceMesh | None = None
         """The ranks that share the experts out (`apt_moe.parallel.shard_experts`)."""
+        self.takes_mask = "mask" in inspect.signature(router_provider.route).parameters
+        """Whether the router can be told of padding; one that cannot does without in evaluation, where it makes no loss."""
         self.takes_tokens = bool(getattr(router_provider, "takes_tokens", False))
         """Whether the router asks for the tokens' ids."""
         self.shared_scale = 1.0 if dense is None else 1 / (1 + len(shared))
@@ -82,7 +85,8 @@ class MixtureOfExperts(nn.Module):
             if self.dense is None:
                 raise RuntimeError("this mixture holds no dense layer to run while it is off; give it upcycle: true")
             return as_part(self.dense(x, mask=mask))
-        routed = {} if mask is None else {"mask": mask}
+        told = self.takes_mask or self.training or self.router_provider.supports_expert_choice()
+        routed = {"mask": mask} if mask is not None and told else {}
         if self.takes_tokens and tokens is not None:
             routed["tokens"] = tokens
         indices, weights, losses = self.router_provider.route(self.router, x, self.training, **routed)

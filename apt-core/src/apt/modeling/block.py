@@ -49,8 +49,10 @@ class TransformerBlock(nn.Module):
         memory: Float[Tensor, "batch source d_model"] | None = None,
         memory_mask: Bool[Tensor, "batch source"] | None = None,
         memory_cache: MemoryCache | None = None,
+        counted: Bool[Tensor, "batch seq"] | None = None,
     ) -> Part:
-        """`mask` is True for tokens that are there; with a `cache` it covers the earlier ones too.
+        """`mask` is True for tokens that are there; with a `cache` it covers the earlier ones too. Of those that are there,
+        only the `counted` count in losses and metrics of the feed-forward layer; attention sees the others too.
 
         `tokens` are the ids, for a feed-forward layer that asks for them; `memory` is what a decoder of two halves looks at, and
         `memory_cache` where its attention keeps what it makes of that, if it can.
@@ -65,6 +67,8 @@ class TransformerBlock(nn.Module):
             x = x + self.dropout(crossed.output)
             attended = _together(attended, crossed)
         here = None if mask is None else mask[:, -x.shape[1] :]
+        if counted is not None:
+            here = counted if here is None else here & counted
         asked = {"tokens": tokens} if getattr(self.ffn, "takes_tokens", False) else {}
         mapped = as_part(self.ffn(self.ffn_norm(x), mask=here, **asked))
         losses = {**attended.losses, **mapped.losses}

@@ -60,11 +60,13 @@ class EncoderDecoder(Decoder):
         self.encoder, self.encoder_norm = nn.ModuleList(encoder), encoder_norm
         self.pad, self.bos = pad, bos
 
-    def encode(self, source: Int[Tensor, "batch source"]) -> Memory:
-        """Read sources, padded on the right."""
+    def encode(
+        self, source: Int[Tensor, "batch source"], *, counted: Bool[Tensor, "batch source"] | None = None
+    ) -> Memory:
+        """Read sources, padded on the right; for `counted` see `Decoder.forward`."""
         mask = source != self.pad
         tally = Tally()
-        states = self._pass(self.encoder, source, tally, mask=mask)
+        states = self._pass(self.encoder, source, tally, mask=mask, counted=counted)
         return Memory(self.encoder_norm(states), mask, tally, tuple(MemoryCache() for _ in self.blocks))
 
     def forward(  # type: ignore[override]
@@ -74,9 +76,16 @@ class EncoderDecoder(Decoder):
         *,
         cache: Sequence[LayerCache] | None = None,
         last: int | None = None,
+        counted: Bool[Tensor, "batch seq"] | None = None,
     ) -> Output:
-        """Score every next token of targets that are padded on the right, or of the `last`; `source` may be encoded already."""
-        memory = source if isinstance(source, Memory) else self.encode(source)
+        """Score every next token of targets that are padded on the right, or of the `last`; `source` may be encoded already.
+
+        Where nothing of a target is `counted`, nothing of its source is.
+        """
+        if not isinstance(source, Memory):
+            rows = None if counted is None else counted.any(-1, keepdim=True).expand_as(source)
+            source = self.encode(source, counted=rows)
+        memory = source
         tally = memory.tally if cache is None else Tally()
         mask = None if cache is not None else tokens != self.pad
         x = self._pass(
@@ -85,6 +94,7 @@ class EncoderDecoder(Decoder):
             tally,
             mask=mask,
             cache=cache,
+            counted=counted,
             memory_caches=None if cache is None else memory.caches,
             memory=memory.states,
             memory_mask=memory.mask,

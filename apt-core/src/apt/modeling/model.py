@@ -87,14 +87,16 @@ class Decoder(nn.Module):
         positions: Int[Tensor, "#batch seq"] | None = None,
         cache: Sequence[LayerCache] | None = None,
         last: int | None = None,
+        counted: Bool[Tensor, "batch seq"] | None = None,
     ) -> Output:
         """Score every next token; with `last` only those after so many positions at the end.
 
         `mask` is True for tokens that are there; with a `cache` it covers earlier ones too. Positions that are not given count
-        the tokens that are there, so padding on the left moves nothing.
+        the tokens that are there, so padding on the left moves nothing. Tokens that are not `counted` are read like others, and
+        count in no loss and no metric of a feed-forward layer.
         """
         tally = Tally()
-        x = self._pass(self.blocks, tokens, tally, mask=mask, positions=positions, cache=cache)
+        x = self._pass(self.blocks, tokens, tally, mask=mask, positions=positions, cache=cache, counted=counted)
         hidden = self.norm(x if last is None else x[:, -last:])
         return Output(self.head(hidden), hidden, tally.losses, tally.means())
 
@@ -108,6 +110,7 @@ class Decoder(nn.Module):
         positions: Int[Tensor, "#batch seq"] | None = None,
         cache: Sequence[LayerCache] | None = None,
         memory_caches: Sequence[MemoryCache] | None = None,
+        counted: Bool[Tensor, "batch seq"] | None = None,
         **memory: Tensor,
     ) -> Float[Tensor, "batch seq d_model"]:
         """Tokens through blocks; `memory` is what cross-attention needs, as `TransformerBlock` names it."""
@@ -119,8 +122,10 @@ class Decoder(nn.Module):
         for index, block in enumerate(blocks):
             here = None if cache is None else cache[index]
             given = memory if memory_caches is None else {**memory, "memory_cache": memory_caches[index]}
+            if counted is not None:
+                given = {**given, "counted": counted}
             if self.recompute and self.training and here is None:
-                read = functools.partial(block, mask=mask, positions=positions, tokens=tokens, **memory)
+                read = functools.partial(block, mask=mask, positions=positions, tokens=tokens, **given)
                 part = checkpoint(read, x, use_reentrant=False)
             elif self._step is not None and here is not None and x.shape[1] == 1:
                 part = self._step(block, x, mask=mask, positions=positions, cache=here, tokens=tokens, **given)

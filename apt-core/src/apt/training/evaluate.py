@@ -14,6 +14,7 @@ from apt.data.batches import send, windows
 from apt.data.tokens import TokenSplit
 from apt.hookspecs import Batch
 from apt.layers.sharded import let_go
+from apt.modeling.model import Decoder
 from apt.training.randoms import random_devices
 from apt.training.ranks import ALONE, Ranks
 
@@ -72,7 +73,9 @@ def score(
             here = _rows(batch, ranks)
             here = here if device is None else here.map(lambda each: send(each, device))
             targets = here.targets if here.mask is None else here.targets.masked_fill(~here.mask, -100)
-            output = model(*here.inputs)
+            # What fills up a window or the ranks' rows is read, and is no token of the split.
+            filled = {"counted": here.mask} if here.mask is not None and isinstance(model, Decoder) else {}
+            output = model(*here.inputs, **filled)
             loss = nn.functional.cross_entropy(
                 output.logits.flatten(0, 1).float(), targets.flatten(), reduction="sum", ignore_index=-100
             )
