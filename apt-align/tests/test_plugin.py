@@ -105,6 +105,25 @@ def test_each_state_costs_the_passes_that_it_says_and_none_at_weight_0(options: 
     assert run.passes == 1
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"state": each} for each in ("dropout", "ema", "layer", "evidence")),
+        *({"state": "layer", "metric": "nce"}, {"provider": "rdrop"}),
+    ],
+    ids=str,
+)
+def test_a_micro_batch_of_which_no_target_counts_has_a_loss_of_0(options: dict[str, object]) -> None:
+    run = Run(**options)
+    run.start()
+    run.step()
+    given = batch()
+    given.mask = torch.zeros_like(given.targets, dtype=torch.bool)
+    extra = run.plugin.apt_loss_extra(state(), run.model, given, run.model(given.tokens))
+    assert extra is not None
+    assert all(each.item() == 0 for each in extra.values())
+
+
 def test_while_the_plugin_is_off_there_is_no_loss_and_no_second_pass() -> None:
     run = Run()
     run.start()

@@ -206,8 +206,11 @@ def _mean_surplus(outputs: Sequence[Output], batch: Batch) -> Tensor:
     from torch.nn.functional import cross_entropy
 
     targets = batch.targets if batch.mask is None else batch.targets.masked_fill(~batch.mask, -100)
+    # The mean of no target is 0, where that of `cross_entropy` is no number.
+    count = (targets != -100).sum().clamp(min=1)
     first, *others = (
-        cross_entropy(each.logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100) for each in outputs
+        cross_entropy(each.logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum") / count
+        for each in outputs
     )
     surplus: Tensor = sum(others, start=first) / len(outputs) - first
     return surplus

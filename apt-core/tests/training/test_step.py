@@ -57,6 +57,16 @@ def test_micro_batches_have_the_gradient_of_one_large_batch(
         torch.testing.assert_close(many[name], grad, atol=tolerance, rtol=tolerance if precision == "bf16" else 0)
 
 
+def test_a_micro_batch_of_which_no_target_counts_adds_nothing(profile_file: Path) -> None:
+    tokens = torch.randint(3, 259, (4, 17), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(4, 16, dtype=torch.bool)
+    mask[2:] = False
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], mask)
+    one, many = gradient(profile_file, batch, 1), gradient(profile_file, batch, 2)
+    for name, grad in one.items():
+        torch.testing.assert_close(many[name], grad, atol=1e-6, rtol=0)
+
+
 def test_clipping_brings_the_whole_gradient_to_the_limit(profile_file: Path) -> None:
     _, model = build(profile_file)
     model(torch.randint(3, 259, (2, 16))).logits.square().mean().backward()

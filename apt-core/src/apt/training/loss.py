@@ -31,15 +31,16 @@ class LossStep(nn.Module):
     def forward(
         self, state: RunState, batch: Batch, *, weight: float, extra_weight: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """`weight` multiplies the mean cross entropy, `extra_weight` the losses of parts and plugins."""
+        """`weight` multiplies the mean cross entropy (0: no target counts), `extra_weight` the losses of parts and plugins."""
         with self.autocast(batch.tokens.device):
             output: Output = self.model(*batch.inputs)
             targets = batch.targets if batch.mask is None else batch.targets.masked_fill(~batch.mask, -100)
-            # On a GPU a compiled run keeps no logits in float32, which would be most of its memory.
-            if output.logits.is_cuda:
-                with torch.compiler.set_stance(
-                    "default"
-                ):  # in a step that runs eagerly too: the memory is what it is for
+            if not weight:
+                loss = output.logits.float().sum() * 0.0  # no target counts, and the mean of none is no number
+            elif output.logits.is_cuda:
+                # On a GPU a compiled run keeps no logits in float32, which would be most of its memory; nor does a step of it
+                # that runs eagerly.
+                with torch.compiler.set_stance("default"):
                     loss = self._fused(output.logits, targets)
             else:
                 loss = mean_loss(output.logits, targets)
