@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +15,12 @@ from apt.core.profile import load_profile
 from apt.hookspecs import Batch, RunState
 from apt.layers.memory import memory_for
 from apt.modeling.compose import ModelBuilder
+from apt.training.guard import Source
 from apt.training.loss import LossStep
 from apt.training.optim import MuonWithAdamW, make_optimizer
 from apt.training.parallel import alike, clip, gradient_norm
+from apt.training.ranks import Ranks
+from apt.training.step import Step
 
 STATE = RunState(0, 0, 1, 1)
 
@@ -65,6 +69,32 @@ def test_a_micro_batch_of_which_no_target_counts_adds_nothing(profile_file: Path
     one, many = gradient(profile_file, batch, 1), gradient(profile_file, batch, 2)
     for name, grad in one.items():
         torch.testing.assert_close(many[name], grad, atol=1e-6, rtol=0)
+
+
+class Second(Ranks):
+    """The second of two ranks; the first one has found what `first` says."""
+
+    first = Source(2, "in gradients")
+
+    def gather(self, value: Source) -> list[Source]:  # type: ignore[override]
+        return [self.first, value]
+
+
+@pytest.mark.parametrize(("loss", "named"), [(float("nan"), ", rank 1)"), (1.0, ")")])
+def test_the_rank_is_named_whose_loss_is_not_finite_and_none_where_gradients_alone_are(
+    profile_file: Path, loss: float, named: str
+) -> None:
+    config, model = build(profile_file)
+    tokens = torch.randint(3, 259, (2, 17))
+    parallel = SimpleNamespace(step=LossStep(model, HookRunner(), "fp32"))  # type: ignore[arg-type]
+    step = SimpleNamespace(
+        config=config, model=model, parallel=parallel, ranks=Second(1, 2), device=torch.device("cpu")
+    )
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, float("nan"))
+    losses = {"loss": torch.tensor(loss)}
+    told = Step._explain(step, STATE, 7, [Batch(tokens[:, :-1], tokens[:, 1:])], losses)  # type: ignore[arg-type]
+    assert f"micro-batches 7 to 7 of seed {config.training.seed}{named}: " in told
 
 
 def test_clipping_brings_the_whole_gradient_to_the_limit(profile_file: Path) -> None:

@@ -63,7 +63,9 @@ def find_source(
     broken = [name for name, value in losses.items() if name != "loss" and not bool(value.isfinite().all())]
     if broken:
         return Source(1, f"every part's output is finite; in the added loss {broken[0]!r}")
-    return Source(2, _gradients(model))
+    # Gradients are every rank's, its loss a rank's own.
+    own = "loss" in losses and not bool(losses["loss"].isfinite().all())
+    return Source(1 if own else 2, _gradients(model))
 
 
 def _gradients(model: nn.Module) -> str:

@@ -160,7 +160,7 @@ class Step:
         found = self.ranks.gather(source)
         # An output, or a loss, is nearer to the cause than the gradients, which the exchange has spoilt everywhere.
         rank = min(range(len(found)), key=lambda each: found[each].where)
-        who = f", rank {rank}" if self.ranks.size > 1 else ""
+        who = f", rank {rank}" if self.ranks.size > 1 and found[rank].where < 2 else ""
         last = first + len(micro) - 1
         return (
             f"step {state.step}: the loss or its gradient is not finite (micro-batches {first} to {last} of seed "
