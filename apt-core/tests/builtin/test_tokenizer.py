@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,20 @@ def test_a_text_that_is_too_small_for_the_vocabulary_is_refused() -> None:
     pytest.importorskip("tokenizers")
     with pytest.raises(DataError, match=r"the text gives only .* ids, not 4096; ask for less"):
         BPE().train(["abc"])
+
+
+def test_a_disk_that_refuses_a_bpe_is_told_as_what_it_is(bpe: Tokenizer, tmp_path: Path) -> None:
+    bpe.save(tmp_path)
+    written = (tmp_path / BPE.FILE).read_bytes()
+    bpe._trained.save(str(tmp_path / "by_the_library"))  # type: ignore[attr-defined]
+    assert (tmp_path / "by_the_library").read_bytes() == written
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            bpe.save(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_tokenizer_that_was_lost_is_missed(tmp_path: Path) -> None:

@@ -131,4 +131,5 @@ class BPETokenizer:
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json."""
-        self._trained.save(str(folder / BPE.FILE))
+        # The library's own writing tells of a full disk by an error without a kind.
+        (folder / BPE.FILE).write_text(self._trained.to_str(pretty=True), encoding="utf-8")
