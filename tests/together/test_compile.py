@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,27 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from apt.core.config import APTConfig
+from apt.core.profile import load_profile
 from apt.training.record import read_metrics
 from apt.training.trainer import Trainer
 
+PAIRS = """\
+name: compiled_pairs
+model:
+  {{architecture: encoder_decoder, d_model: 16, num_heads: 2, num_encoder_layers: 1, num_decoder_layers: 1, d_ff: 24,
+   max_seq_len: 16, dropout: 0.0, attention_dropout: 0.0, attention: sdpa}}
+training: {{max_steps: 6, batch_size: 4, warmup_steps: 0, compile: true, save_every: 100}}
+data: {{source: pairs, path: "{path}"}}
+evaluation: {{eval_every: 2, sample_tokens: 0}}
+monitoring: {{plot: false}}
+"""
 
-@pytest.fixture
-def counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
+
+@pytest.fixture(params=["aot_eager"])
+def counter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
     """Counts graphs; they run eagerly, since what is tested is Dynamo's guards, whatever makes code of its graphs."""
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend(request.param)
     whole = nn.Module.compile
     monkeypatch.setattr(
         nn.Module, "compile", lambda self, *args, **kwargs: whole(self, *args, backend=counter, **kwargs)
@@ -37,6 +50,28 @@ class Counting(Trainer):
     def _take_step(self) -> None:
         super()._take_step()
         self.graphs[self.state.step] = self.counter.frame_count
+
+
+@pytest.mark.timeout(900)  # a busy machine is no fault of the code
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor", "ignore:.*autograd.*should not be instantiated:DeprecationWarning"
+)
+@pytest.mark.thorough
+@pytest.mark.parametrize("counter", ["eager"], indirect=True)
+def test_an_encoder_decoder_stays_compiled_whatever_the_lengths_of_its_pairs(
+    tmp_path: Path, counter: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    (tmp_path / "pairs.jsonl").write_text(
+        "".join(json.dumps({"source": "x" * (n % 7 + 2), "target": "y" * (n % 5 + 2)}) + "\n" for n in range(100))
+    )
+    (tmp_path / "profile.yaml").write_text(PAIRS.format(path=tmp_path / "pairs.jsonl"))
+    profile = load_profile(tmp_path / "profile.yaml")
+    trainer = Counting(profile.config, tmp_path / "run", resolved=profile.resolved, console=Console(file=io.StringIO()))
+    trainer.graphs, trainer.counter = {}, counter
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        trainer.fit()
+    assert trainer.graphs[6] > 8
 
 
 @pytest.mark.timeout(900)  # a busy machine is no fault of the code

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
@@ -66,6 +67,9 @@ from apt.training.watch import stop_signals
 
 MAX_TROUBLES = 10
 """How often steps may be skipped or gone back from, without getting further, before a run is given up."""
+GRAPHS = 64
+"""What blocks may be compiled to: they share one code, and each kind of block, each phase and shape, training, evaluation and a
+teacher's pass have graphs of their own."""
 ADVICE = "lower training.learning_rate or training.gradient_clip; the last checkpoint is untouched"
 
 
@@ -252,6 +256,8 @@ class Trainer:
         tokens = ranks.share(parts.batches.get(0).tokens).to(parts.device)
         self.calibration = settle(parts.model, tokens, config, self.taken.calibration, ranks, self.console)
         if config.training.compile:
+            # Above PyTorch's own limit of 8 blocks would run uncompiled, with a line in its log.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
             for block in parts.model.all_blocks():
                 block.compile(fullgraph=False)
         self.step = Step(
