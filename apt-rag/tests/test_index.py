@@ -101,6 +101,10 @@ def test_damaged_and_missing_files_are_said_by_name(tmp_path: Path) -> None:
     (tmp_path / "index.json").write_text(json.dumps(about | {"format": 2}))
     with pytest.raises(DataError, match="format 2, and this version reads 1"):
         Index.load(tmp_path, embedder)
+    (tmp_path / "counts.npz").write_bytes(counts)
+    (tmp_path / "index.json").write_text(json.dumps(about | {"passages": []}))
+    with pytest.raises(DataError, match=r"index\.json has 0 passages and counts\.npz 1"):
+        Index.load(tmp_path, embedder)
     for damaged in ("{", "[]", "{}"):
         (tmp_path / "index.json").write_text(damaged)
         with pytest.raises(DataError, match=r"index\.json: damaged"):

@@ -157,6 +157,11 @@ class Index:
         with np.load(io.BytesIO(stored), allow_pickle=False) as arrays:
             ends = arrays["lengths"].cumsum()[:-1]
             counts = list(zip(np.split(arrays["cells"], ends), np.split(arrays["counts"], ends), strict=True))
+            if len(arrays["lengths"]) != len(passages):
+                raise DataError(
+                    f"{folder}: index.json has {len(passages)} passages and counts.npz {len(arrays['lengths'])}; "
+                    "build the index again"
+                )
         index = cls(embedder)
         index.passages, index._counts = passages, counts[: len(passages)]
         return index
