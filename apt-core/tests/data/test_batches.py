@@ -8,8 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from apt.core.config import APTConfig
 from apt.data import batches as module
 from apt.data.batches import Batches, num_windows, windows
+from apt.data.pairs import PairSplit
 from apt.data.tokens import TokenSplit
 from apt.training.ranks import Ranks
 
@@ -90,3 +92,11 @@ def test_a_few_batches_are_spread_over_the_whole_split() -> None:
     assert len(starts) == 12
     assert (starts[0], starts[-1]) == (0, 990)
     assert starts == sorted(set(starts))
+
+
+def test_bits_a_byte_of_pairs_are_those_of_their_targets() -> None:
+    # Three pairs of a source of nine bytes and a target of one; each text stands after the id that starts one.
+    texts = [1, *range(10, 19), 1, 20] * 3
+    pairs = PairSplit(TokenSplit(np.array(texts, np.uint16), 30, 6), APTConfig())
+    # A target's byte and the end's id count.
+    assert pairs.bytes_per_token == 3 / 6

@@ -47,6 +47,16 @@ class PairSplit(TokenSplit):
         """How many there are."""
         return len(self.starts) // 2
 
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of targets that a token which counts stands for, the end's among them. Sources count in neither.
+
+        The bytes of all texts are known together; a target's tokens are taken to hold as many as a source's.
+        """
+        lengths = np.diff(self.starts) - 1  # without the id before each
+        targets = int(lengths[1::2].sum())
+        return self.num_bytes * targets / max(1, int(lengths.sum())) / max(1, targets + self.num_pairs)
+
     def require(self, name: str, longest: int) -> None:
         """Raise `DataError` where there is no pair, or one that is longer than the model reads."""
         if not self.num_pairs:
