@@ -114,6 +114,24 @@ def test_what_is_no_run_is_refused(tmp_path: Path, content: str | None, message:
         plot_runs([tmp_path] * 9)
 
 
+def test_what_is_damaged_in_the_metrics_is_left_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    whole = _read(run, "run", "#0072B2")
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    odd = [
+        "3",
+        "[]",
+        "null",
+        '{"step": 1}',
+        '{"event": "train", "step": 9, "loss": 1.0}',
+        '{"event": "switch", "step": 9}',
+    ]
+    odd += ['{"event": "evaluation", "step": 9}', '{"event": "train", "step": "x"}', '{"event": "train", "loss": "x"}']
+    damaged = [b"\xff\xfe\0" + lines[0][:9] + b"\n", *(each.encode() + b"\n" for each in odd)]
+    (run / "metrics.jsonl").write_bytes(b"".join([*lines[:50], *damaged, *lines[50:], lines[0][:20]]))
+    assert _read(run, "run", "#0072B2") == whole
+
+
 def test_a_mean_over_points_stays_between_them() -> None:
     losses = [float((number * 37) % 11) for number in range(400)]
     smooth = _smooth(losses)

@@ -6,8 +6,9 @@ tell apart, and cividis (Nunez, Anderton and Renslow 2018, arXiv:1712.01662).
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,28 +86,34 @@ def _read(folder: Path, name: str, colour: str) -> Course:
         raise UserError(f"{folder}: holds no {METRICS}; give the folder of a run")
     course = Course(name, colour)
     for event in read_metrics(folder):
-        step = float(str(event.get("step", 0)))
-        if event["event"] == "train":
-            course.last = max(course.last, step)
-            course.train.append((step, _number(event["loss"])))
-            course.rate.append((step, _number(event["learning_rate"])))
-            values = event["values"]
-            for key, value in values.items() if isinstance(values, dict) else ():
-                course.values.setdefault(key, []).append((step, _number(value)))
-        elif event["event"] == "evaluation":
-            course.held_out.append((step, _number(event["loss"])))
-            course.bits_per_byte = _number(event["bits_per_byte"])
-            for key in sorted(set(event) - _OF_EVERY_EVALUATION):
-                value = event[key]
-                if isinstance(value, list) and value and not isinstance(value[0], list):
-                    course.tables.setdefault(key, []).append((step, [_number(each) for each in value]))
-                elif isinstance(value, int | float):
-                    course.measured.setdefault(key, []).append((step, _number(value)))
-        elif event["event"] == "switch":
-            course.switches.append((step, str(event["plugin"])))
+        with contextlib.suppress(KeyError, ValueError):  # an event that is damaged is left out
+            _add(event, course)
     if not course.train:
         raise UserError(f"{folder}: has no step of training in its {METRICS} yet")
     return course
+
+
+def _add(event: Mapping[str, object], course: Course) -> None:
+    """Put what there is to draw of one event into the course. Raises `KeyError` or `ValueError` for one that is damaged."""
+    step = float(str(event.get("step", 0)))
+    if event["event"] == "train":
+        loss, rate, values = _number(event["loss"]), _number(event["learning_rate"]), event["values"]
+        course.last = max(course.last, step)
+        course.train.append((step, loss))
+        course.rate.append((step, rate))
+        for key, value in values.items() if isinstance(values, dict) else ():
+            course.values.setdefault(key, []).append((step, _number(value)))
+    elif event["event"] == "evaluation":
+        loss, course.bits_per_byte = _number(event["loss"]), _number(event["bits_per_byte"])
+        course.held_out.append((step, loss))
+        for key in sorted(set(event) - _OF_EVERY_EVALUATION):
+            value = event[key]
+            if isinstance(value, list) and value and not isinstance(value[0], list):
+                course.tables.setdefault(key, []).append((step, [_number(each) for each in value]))
+            elif isinstance(value, int | float):
+                course.measured.setdefault(key, []).append((step, _number(value)))
+    elif event["event"] == "switch":
+        course.switches.append((step, str(event["plugin"])))
 
 
 def _number(value: object) -> float:

@@ -78,13 +78,15 @@ def _plain(value: object) -> object:
 
 
 def read_metrics(folder: Path) -> list[dict[str, object]]:
-    """All events of a run; a last line that was cut off is left out."""
+    """All events of a run; a last line that was cut off, and what else is no event, is left out."""
     events: list[dict[str, object]] = []
-    for line in (folder / METRICS).read_text().splitlines():
+    for line in (folder / METRICS).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            events.append(json.loads(line))
+            event = json.loads(line)
         except ValueError:
             continue
+        if isinstance(event, dict) and "event" in event:
+            events.append(event)
     return events
 
 
