@@ -114,6 +114,13 @@ def test_what_is_no_run_is_refused(tmp_path: Path, content: str | None, message:
         plot_runs([tmp_path] * 9)
 
 
+def test_what_was_measured_once_is_a_dot(tmp_path: Path) -> None:
+    figure = _draw([_read(make_run(tmp_path / "run", steps=1), "run", "#0072B2")])
+    lines = [line for axes in figure.axes for line in axes.lines if len(line.get_xdata()) == 1]  # type: ignore[arg-type]
+    assert len(lines) == 3
+    assert all(line.get_marker() == "." for line in lines)
+
+
 def test_what_is_damaged_in_the_metrics_is_left_out(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     whole = _read(run, "run", "#0072B2")

@@ -190,7 +190,8 @@ def _draw_losses(axes: Axes, courses: Sequence[Course]) -> None:
         faint = _FAINT if alone else course.colour
         steps, losses = zip(*course.train, strict=True)
         smooth = _smooth(losses) if len(losses) >= _SMOOTHED else None
-        axes.plot(steps, losses, color=faint, linewidth=0.7, alpha=0.35 if smooth or not alone else 0.9)
+        alpha = 0.35 if smooth or not alone else 0.9
+        axes.plot(steps, losses, color=faint, linewidth=0.7, alpha=alpha, marker=_dot(steps))
         if smooth:
             axes.plot(steps, smooth, color=faint, linewidth=1.2, alpha=1.0 if alone else 0.6)
         finite = sorted(loss for loss in losses if math.isfinite(loss))
@@ -219,7 +220,8 @@ def _draw_lines(axes: Axes, name: str, lines: Sequence[tuple[Course, Points]], *
     for course, points in lines[:1] if same else lines:
         colour = _INK if same and len(lines) > 1 else course.colour
         x, y = zip(*points, strict=True)
-        axes.plot(x, y, color=colour, linewidth=1.4, drawstyle="steps-pre" if steps else "default")
+        style = "steps-pre" if steps else "default"
+        axes.plot(x, y, color=colour, linewidth=1.4, drawstyle=style, marker=_dot(x))
         labels.append((y[-1], f"{y[-1]:.3g}", colour))
     axes.margins(y=0.2)
     axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
@@ -228,6 +230,11 @@ def _draw_lines(axes: Axes, name: str, lines: Sequence[tuple[Course, Points]], *
     axes.yaxis.get_offset_text().set_fontsize(7)
     axes.grid(axis="y", linewidth=0.3)
     _label_ends(axes, labels)
+
+
+def _dot(points: Collection[object]) -> str | None:
+    """A line through one point would not be seen."""
+    return "." if len(points) == 1 else None
 
 
 def _draw_table(figure: Figure, axes: Axes, course: Course, name: str, *, alone: bool) -> None:
