@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,10 +14,13 @@ from torch import nn
 from apt.core.config import APTConfig
 from apt.core.hooks import HookRunner
 from apt.core.profile import load_profile
+from apt.data.batches import Batches
+from apt.data.tokens import TokenSplit
+from apt.errors import UserError
 from apt.hookspecs import Batch, RunState
 from apt.layers.memory import memory_for
 from apt.modeling.compose import ModelBuilder
-from apt.training.guard import Source
+from apt.training.guard import Source, explain_memory
 from apt.training.loss import LossStep
 from apt.training.optim import MuonWithAdamW, make_optimizer
 from apt.training.parallel import alike, clip, gradient_norm
@@ -95,6 +100,20 @@ def test_the_rank_is_named_whose_loss_is_not_finite_and_none_where_gradients_alo
     losses = {"loss": torch.tensor(loss)}
     told = Step._explain(step, STATE, 7, [Batch(tokens[:, :-1], tokens[:, 1:])], losses)  # type: ignore[arg-type]
     assert f"micro-batches 7 to 7 of seed {config.training.seed}{named}: " in told
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda: torch.empty(2**62, 16),
+        lambda: nn.Linear(2**40, 2**40),
+        lambda: Batches(TokenSplit(np.zeros(100, np.uint16), 100, 1), 4, 2**62, 0).get(0),
+        lambda: Batches(TokenSplit(np.zeros(100, np.uint16), 100, 1), 4, 2**48, 0).get(0),
+    ],
+)
+def test_sizes_that_no_memory_holds_are_told_with_what_to_lower(ask: Callable[[], object]) -> None:
+    with pytest.raises(UserError, match=r"out of memory .* lower training\.batch_size"), explain_memory():
+        ask()
 
 
 def test_clipping_brings_the_whole_gradient_to_the_limit(profile_file: Path) -> None:

@@ -46,13 +46,14 @@ class Batches:
     def get(self, index: int) -> Batch:
         """The micro-batch number `index` of the whole run, counted from 0."""
         number, within = divmod(index, self.batches_per_pass)
-        place, left = within * self.batch_size, self.batch_size
-        starts: list[NDArray[np.int64]] = []
-        while left:
-            block, inside = divmod(place % self.num_windows, BLOCK)
-            starts.append(self._load(number, block)[inside : inside + left])
-            place, left = place + len(starts[-1]), left - len(starts[-1])
-        return self.split.gather(np.concatenate(starts), self.seq_len)
+        starts = np.empty(self.batch_size, np.int64)  # what is too large for the memory is refused here
+        done = 0
+        while done < self.batch_size:
+            block, inside = divmod((within * self.batch_size + done) % self.num_windows, BLOCK)
+            some = self._load(number, block)[inside : inside + self.batch_size - done]
+            starts[done : done + len(some)] = some
+            done += len(some)
+        return self.split.gather(starts, self.seq_len)
 
     def _load(self, number: int, block: int) -> NDArray[np.int64]:
         """Where the windows of one block of one pass start, in the order in which they are seen."""

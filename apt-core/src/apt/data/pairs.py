@@ -104,7 +104,7 @@ class PairBatches:
         """The micro-batch number `index` of the whole run, counted from 0."""
         number, within = divmod(index, self.batches_per_pass)
         order = Order(self.split.num_pairs, (self.seed, number))
-        places = [place % len(order) for place in range(within * self.batch_size, (within + 1) * self.batch_size)]
+        places = (within * self.batch_size + np.arange(self.batch_size)) % len(order)
         return self.split.take(np.concatenate([order[place : place + 1] for place in places]))
 
 

@@ -18,8 +18,12 @@ from apt.layers.sharded import let_go, local
 from apt.modeling.parts import BoundPart, find_parts
 from apt.training.evaluate import untouched
 
-OUT_OF_MEMORY = ("allocate memory", "not enough memory", "ALLOC_FAILED")
-"""What errors say that have no type of their own: PyTorch's on the CPU, and those of a GPU's libraries."""
+OUT_OF_MEMORY = (
+    *("allocate memory", "not enough memory", "ALLOC_FAILED"),
+    # Sizes beyond what a number of 64 bits can say.
+    *("Storage size calculation overflowed", "integer multiplication overflow", "Maximum allowed", "array is too big"),
+)
+"""What errors say that have no type of their own: PyTorch's on the CPU, NumPy's, and those of a GPU's libraries."""
 
 
 class Source(NamedTuple):
@@ -88,7 +92,7 @@ def explain_memory() -> Iterator[None]:
         yield
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise UserError(_advice(error)) from error
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         if not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         raise UserError(_advice(error)) from error
@@ -98,6 +102,6 @@ def _advice(error: BaseException) -> str:
     what = str(error).strip().splitlines()
     return (
         f"out of memory ({what[0] if what else type(error).__name__}); lower training.batch_size and raise "
-        "training.accumulate by as much, set training.recompute: true, or lower model.max_seq_len; `apt-core check` reckons "
-        "what a step takes"
+        "training.accumulate by as much, set training.recompute: true, or lower model.max_seq_len or another size of the model; "
+        "`apt-core check` reckons what a step takes"
     )
