@@ -23,6 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 from apt_moe.recycle import recycler
 
 Kernel = Literal["loop", "grouped_mm"]
+_grouped_mm = functional.grouped_mm if hasattr(functional, "grouped_mm") else torch._grouped_mm  # until PyTorch 2.10
 
 FEW = 16
 """Rows up to which W x^T is faster than x W^T on the CPU (measured, `benchmarks/moe.py kernels`)."""
@@ -76,9 +77,7 @@ def _multiply(rows: Tensor, weight: Tensor, offsets: Tensor, kernel: str, transp
     if kernel == "grouped_mm" and offsets.shape[0] < MOST and _aligned(rows, weight):
         if not rows.shape[0]:
             return rows.new_zeros(0, weight.shape[1 if transpose else 2])
-        product = functional.grouped_mm(
-            rows.contiguous(), weight.transpose(1, 2) if transpose else weight, offs=offsets
-        )
+        product = _grouped_mm(rows.contiguous(), weight.transpose(1, 2) if transpose else weight, offs=offsets)
         return _clear_tail(product, offsets) if tail else product
     product = rows.new_empty(rows.shape[0], weight.shape[1 if transpose else 2])
     upcast = _is_slow(rows)
@@ -103,7 +102,7 @@ def _outer(grad: Tensor, rows: Tensor, offsets: Tensor, kernel: str) -> Tensor:
         if not rows.shape[0]:
             return rows.new_zeros(offsets.shape[0], grad.shape[1], rows.shape[1])
         # The left operand by columns and the right one by rows: so the kernel takes experts without rows, and gives them 0.
-        return functional.grouped_mm(grad.contiguous().t(), rows.contiguous(), offs=offsets)
+        return _grouped_mm(grad.contiguous().t(), rows.contiguous(), offs=offsets)
     shape = (offsets.shape[0], grad.shape[1], rows.shape[1])
     product = recycler.empty(shape, rows.dtype) if rows.device.type == "cpu" else rows.new_empty(shape)
     upcast = _is_slow(rows)
