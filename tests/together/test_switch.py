@@ -85,6 +85,15 @@ def test_measuring_a_switch_changes_no_bit(tiny: APTConfig, tmp_path: Path, monk
     assert not [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])]
 
 
+def test_a_switch_is_not_blamed_for_weights_that_were_broken_before(tiny: APTConfig, tmp_path: Path) -> None:
+    # The step before the switch moves the weights out of all numbers, which no loss of training has seen yet.
+    broken = tiny.model_copy(update={"base_lr": 1e30, "warmup_steps": 5, "schedules": {"enable_moe_at_step": 1}})
+    with pytest.raises(
+        SwitchError, match=r"step 1: the loss .* was (nan|inf) before 'moe' was switched on.*learning_rate"
+    ):
+        train(broken, tmp_path / "run")
+
+
 def test_a_switch_that_changes_too_much_stops_the_run_and_is_recorded(tiny: APTConfig, tmp_path: Path) -> None:
     redrawn = changed(with_ffn(tiny, redraw=0.5), "training", switch_tolerance=2e-4)
     with pytest.raises(

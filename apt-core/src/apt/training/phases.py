@@ -6,6 +6,7 @@ learnt? One fixed held-out batch is scored just before and just after.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -59,7 +60,13 @@ class Certificate:
         )
 
     def check(self) -> None:
-        """Raise `SwitchError` where the change is too large."""
+        """Raise `SwitchError` where the change is too large, or cannot be told since the loss was no number before."""
+        if not self.holds and not math.isfinite(self.loss_before):
+            raise SwitchError(
+                f"step {self.step}: the loss of the fixed held-out batch was {self.loss_before} before {self.plugin!r} was "
+                "switched on, though training's was finite: the weights of the last steps are broken; lower "
+                "training.learning_rate or training.gradient_clip; what was saved is untouched"
+            )
         if not self.holds:
             raise SwitchError(
                 f"step {self.step}: switching {self.plugin!r} on changed the loss of the fixed held-out batch by "
