@@ -20,6 +20,7 @@ from apt.core.providers import LoggerProvider
 from apt.core.registry import Registry
 from apt.errors import ProfileError
 from apt.hookspecs import RunState
+from apt.inference.generate import generate
 from apt.training.peak import peak_flops, peak_of
 from apt.training.progress import Report
 from apt.training.record import Metrics, read_metrics
@@ -91,6 +92,15 @@ def test_a_logger_that_is_not_there_is_a_fault_of_the_profile(profile_file: Path
     registry.register("logger", "ours", Ours)
     with pytest.raises(ProfileError, match=r"monitoring.loggers.0.fail_a: no such option; did you mean 'fail_at'"):
         load_profile(profile_file, sets=["monitoring.loggers=[{provider: ours, fail_a: 3}]"], registry=registry)
+
+
+def test_a_sample_ends_with_the_id_that_the_profile_says(profile_file: Path, tmp_path: Path) -> None:
+    sets = ["evaluation.samples=true", "evaluation.sample_tokens=3", "training.learning_rate=1e-12"]
+    plain, _ = train(profile_file, tmp_path / "plain", *sets)
+    drawn = generate(plain.model, plain.tokenizer, "def ", max_new_tokens=3, temperature=0.8).tokens
+    assert len(drawn) == 3
+    ended, _ = train(profile_file, tmp_path / "ended", *sets, f"model.eos_token_id={drawn[0]}")
+    assert {event["text"] for event in read_metrics(ended.folder) if event["event"] == "sample"} == {"def "}
 
 
 def test_samples_are_drawn_at_each_evaluation_and_change_nothing(profile_file: Path, tmp_path: Path) -> None:

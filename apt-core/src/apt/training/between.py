@@ -10,6 +10,7 @@ from pathlib import Path
 from apt.core.config import APTConfig
 from apt.core.hooks import HookRunner
 from apt.core.resolve import Resolved
+from apt.core.special import SpecialIds
 from apt.errors import NotFiniteError
 from apt.hookspecs import RunState
 from apt.inference.generate import generate
@@ -129,6 +130,14 @@ class Between:
             return
         evaluation, parts = self.config.evaluation, self.parts
         prompt, room = evaluation.sample_prompt, evaluation.sample_tokens
-        written = generate(parts.model, parts.tokenizer, prompt, max_new_tokens=room, temperature=0.8, state=state)
+        written = generate(
+            parts.model,
+            parts.tokenizer,
+            prompt,
+            max_new_tokens=room,
+            temperature=0.8,
+            special=SpecialIds.of(self.config, self.resolved),
+            state=state,
+        )
         self.journal.sampled(state, prompt + written.text)
         write_samples(self.out)
