@@ -107,6 +107,7 @@ def test_the_rank_is_named_whose_loss_is_not_finite_and_none_where_gradients_alo
     [
         lambda: torch.empty(2**62, 16),
         lambda: nn.Linear(2**40, 2**40),
+        lambda: torch.empty(2**70),
         lambda: Batches(TokenSplit(np.zeros(100, np.uint16), 100, 1), 4, 2**62, 0).get(0),
         lambda: Batches(TokenSplit(np.zeros(100, np.uint16), 100, 1), 4, 2**48, 0).get(0),
     ],

@@ -22,6 +22,7 @@ OUT_OF_MEMORY = (
     *("allocate memory", "not enough memory", "ALLOC_FAILED"),
     # Sizes beyond what a number of 64 bits can say.
     *("Storage size calculation overflowed", "integer multiplication overflow", "Maximum allowed", "array is too big"),
+    "Overflow when unpacking",
 )
 """What errors say that have no type of their own: PyTorch's on the CPU, NumPy's, and those of a GPU's libraries."""
 
@@ -92,7 +93,7 @@ def explain_memory() -> Iterator[None]:
         yield
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise UserError(_advice(error)) from error
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         if not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         raise UserError(_advice(error)) from error
