@@ -246,6 +246,10 @@ def test_a_set_that_is_no_assignment_is_refused(folder: Path, text: str) -> None
             "'gleu' is not allowed; did you mean 'gelu'? input should be 'gelu', 'relu' or 'silu'",
         ),
         ("training.batch_size=[2]", "training.batch_size: [2] is not allowed"),
+        (
+            "training.accumulate=1000000000000",
+            "training.accumulate: 1000000000000 is not allowed; input should be less than or equal to 1000000",
+        ),
         ("training.compile=1", "training.compile: 1 is not allowed; input should be true or false"),
         ("training.precision=fp16", "'fp16' is not allowed; did you mean 'bf16'? input should be 'fp32' or 'bf16'"),
         ("model.attention.num_kv_heads=0", "model.attention.num_kv_heads: 0 is not allowed"),

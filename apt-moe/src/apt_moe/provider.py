@@ -52,7 +52,7 @@ class MoE(FFNProvider):
         description="which blocks have experts: all, {every: n} (the last of each n), or a list from 0; others hold one expert",
     )
     shared: int = Field(
-        default=0, ge=0, description="experts of the full width that serve every token, without a weight"
+        default=0, ge=0, le=10_000, description="experts of the full width that serve every token, without a weight"
     )
     backend: Literal["auto", "naive", "loop", "bmm", "grouped_mm"] = Field(
         default="auto", description="how experts are run: auto takes the fastest for the device and the sizes"

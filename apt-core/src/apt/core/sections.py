@@ -35,7 +35,7 @@ class Training(Section):
     max_steps: int | None = Field(default=None, ge=1, description="stop after so many optimizer steps")
     steps_per_epoch: int | None = Field(default=None, ge=1, description="optimizer steps an epoch; none: the data's")
     batch_size: int = Field(default=32, ge=1, description="sequences a micro-batch")
-    accumulate: int = Field(default=1, ge=1, description="micro-batches an optimizer step")
+    accumulate: int = Field(default=1, ge=1, le=1_000_000, description="micro-batches an optimizer step")
     lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1, description="the last learning rate over the highest")
     optimizer: Literal["adamw", "muon"] = Field(
