@@ -132,10 +132,14 @@ def test_a_late_switch_without_a_dense_layer_is_refused() -> None:
     ("options", "why"),
     [
         ({"redraw": 0.5}, "model.ffn.redraw: 0.5 draws hidden units anew"),
-        ({"router": {"provider": "switch"}}, "model.ffn.router: switch weighs experts by raw probabilities"),
+        ({"router": {"provider": "switch"}}, "model.ffn.router: switch weighs a token's experts by numbers"),
+        (
+            {"router": {"provider": "sigmoid_bias", "route_scale": 2.5}},
+            "model.ffn.router: sigmoid_bias weighs a token's experts by numbers",
+        ),
         (
             {"router": {"provider": "topk_default", "renormalise": False}},
-            "model.ffn.router: topk_default weighs experts by raw",
+            "model.ffn.router: topk_default weighs a token's experts by numbers",
         ),
     ],
 )

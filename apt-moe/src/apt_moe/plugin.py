@@ -32,7 +32,7 @@ def _changes_the_function(mixture: MoE) -> str | None:
     if mixture.redraw:
         return f"redraw: {mixture.redraw:g} draws hidden units anew"
     if not mixture.router.keeps_scale():
-        return f"router: {mixture.router.get_name()} weighs experts by raw probabilities"
+        return f"router: {mixture.router.get_name()} weighs a token's experts by numbers whose sum is not 1"
     return None
 
 

@@ -188,6 +188,10 @@ class SigmoidBias(RouterProvider):
             raise ValueError("one chosen expert always has the same weight: the router gets no gradient; use top_k: 2")
         return self
 
+    def keeps_scale(self) -> bool:
+        """Where the weights sum to 1."""
+        return self.route_scale == 1
+
     def create_router(self, d_model: int, num_experts: int, top_k: int | None = None) -> BiasRouter:
         """A router with its balancing bias."""
         from apt_moe.router import BiasRouter
