@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from apt.errors import UserError
 from apt.hookspecs import Batch, RunState
 from apt.layers.memory import memory_for
 from apt.modeling.compose import ModelBuilder
-from apt.training.guard import Source, explain_memory
+from apt.training.guard import Source, explain_memory, find_source
 from apt.training.loss import LossStep
 from apt.training.optim import MuonWithAdamW, make_optimizer
 from apt.training.parallel import alike, clip, gradient_norm
@@ -100,6 +101,17 @@ def test_the_rank_is_named_whose_loss_is_not_finite_and_none_where_gradients_alo
     losses = {"loss": torch.tensor(loss)}
     told = Step._explain(step, STATE, 7, [Batch(tokens[:, :-1], tokens[:, 1:])], losses)  # type: ignore[arg-type]
     assert f"micro-batches 7 to 7 of seed {config.training.seed}{named}: " in told
+
+
+def test_gradients_that_are_finite_and_too_large_for_a_norm_are_told_as_that(profile_file: Path) -> None:
+    config, model = build(profile_file)
+    tokens = torch.randint(3, 259, (2, 17))
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e30)
+    batches, losses = [Batch(tokens[:, :-1], tokens[:, 1:])], {"loss": torch.tensor(1.0)}
+    precision = LossStep(model, HookRunner(), config.training.precision).autocast(tokens.device)  # type: ignore[arg-type]
+    assert "so large that their norm is not" in find_source(model, precision, batches, losses).what
+    assert "in the loss alone" in find_source(model, precision, batches, {"loss": torch.tensor(math.nan)}).what
 
 
 @pytest.mark.parametrize(

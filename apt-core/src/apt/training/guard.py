@@ -70,16 +70,19 @@ def find_source(
         return Source(1, f"every part's output is finite; in the added loss {broken[0]!r}")
     # Gradients are every rank's, its loss a rank's own.
     own = "loss" in losses and not bool(losses["loss"].isfinite().all())
-    return Source(1 if own else 2, _gradients(model))
+    return Source(1 if own else 2, _gradients(model) or ("in the loss alone" if own else _LARGE))
+
+
+_LARGE = "every gradient is finite, and so large that their norm is not"
 
 
 def _gradients(model: nn.Module) -> str:
-    """Where gradients are not finite, the last parameter first: the backward pass comes by it first."""
+    """Where gradients are not finite, the last parameter first: the backward pass comes by it first; else nothing."""
     parts = find_parts(model)
     named = [(name, each.grad) for name, each in model.named_parameters() if each.grad is not None]
     broken = [name for name, grad in reversed(named) if not bool(local(grad).isfinite().all())]
     if not broken:
-        return "in the loss alone"
+        return ""
     more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
     makers = [record_of(part.provider) for part in parts if broken[0].startswith(f"{part.path}.")]
     made = f", which {makers[-1].key} ({makers[-1].distribution} {makers[-1].version}) made" if makers else ""
