@@ -250,24 +250,14 @@ def _run(
         return 130
     if os.environ.get("RANK", "0") != "0":
         return 0
-    from apt.core.special import SpecialIds
-    from apt.inference.generate import generate
+    from apt.training.sample import draw_sample
 
     evaluation = profile.config.evaluation
     scored = result.validation
     print(f"\nheld-out loss: {scored.loss:.4f} nats a token, {scored.bits_per_byte:.4f} bits per byte\n")
     print_providers(result.resolved.resolutions)
     if evaluation.sample_tokens:
-        sample = generate(
-            result.model,
-            result.tokenizer,
-            evaluation.sample_prompt,
-            max_new_tokens=evaluation.sample_tokens,
-            temperature=0.8,
-            special=SpecialIds.of(profile.config, result.resolved),
-            state=result.state,
-        )
-        text = evaluation.sample_prompt + sample.text
+        text = draw_sample(profile.config, result.resolved, result.model, result.tokenizer, result.state)
         (result.folder / "sample.txt").write_text(text, encoding="utf-8")
         print(f"\nsample:\n{text}")
     print(f"\nrun:  {result.folder}")

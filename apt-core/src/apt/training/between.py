@@ -10,16 +10,15 @@ from pathlib import Path
 from apt.core.config import APTConfig
 from apt.core.hooks import HookRunner
 from apt.core.resolve import Resolved
-from apt.core.special import SpecialIds
 from apt.errors import NotFiniteError
 from apt.hookspecs import RunState
-from apt.inference.generate import generate
 from apt.training.assembly import Assembly
 from apt.training.card import write_samples
 from apt.training.evaluate import Score, evaluate
 from apt.training.journal import Journal
 from apt.training.randoms import RandomState
 from apt.training.ranks import Ranks
+from apt.training.sample import draw_sample
 from apt.training.saver import Saver
 from apt.training.snapshot import take_snapshot
 
@@ -128,16 +127,7 @@ class Between:
         if self.parts.is_split:
             self.journal.line("no sample is drawn: the model is split over the ranks")
             return
-        evaluation, parts = self.config.evaluation, self.parts
-        prompt, room = evaluation.sample_prompt, evaluation.sample_tokens
-        written = generate(
-            parts.model,
-            parts.tokenizer,
-            prompt,
-            max_new_tokens=room,
-            temperature=0.8,
-            special=SpecialIds.of(self.config, self.resolved),
-            state=state,
+        self.journal.sampled(
+            state, draw_sample(self.config, self.resolved, self.parts.model, self.parts.tokenizer, state)
         )
-        self.journal.sampled(state, prompt + written.text)
         write_samples(self.out)
