@@ -217,9 +217,12 @@ def test_a_router_that_knows_no_mask_can_be_used_where_there_is_no_padding() -> 
 
     layer, x = mixture(router=Plain()), torch.randn(1, 3, 16)
     assert layer(x).output.shape == (1, 3, 16)
-    # Where no loss is made padding does not matter to it.
+    # Where nothing learns from its losses padding does not matter to it.
     mask = torch.tensor([[True, True, False]])
-    assert torch.equal(layer.eval()(x, mask=mask).output, layer(x).output)
+    with torch.no_grad():
+        assert torch.equal(layer(x, mask=mask).output, layer(x).output)
+    with pytest.raises(TypeError, match="mask"):
+        layer(x, mask=mask)
 
 
 @pytest.mark.parametrize("capacity", [None, 0.5])

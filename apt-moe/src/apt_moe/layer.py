@@ -67,7 +67,7 @@ class MixtureOfExperts(nn.Module):
         self.mesh: DeviceMesh | None = None
         """The ranks that share the experts out (`apt_moe.parallel.shard_experts`)."""
         self.takes_mask = "mask" in inspect.signature(router_provider.route).parameters
-        """Whether the router can be told of padding; one that cannot does without in evaluation, where it makes no loss."""
+        """Whether the router can be told of padding; one that cannot does without where nothing learns from its losses."""
         self.takes_tokens = bool(getattr(router_provider, "takes_tokens", False))
         """Whether the router asks for the tokens' ids."""
         self.shared_scale = 1.0 if dense is None else 1 / (1 + len(shared))
@@ -85,7 +85,7 @@ class MixtureOfExperts(nn.Module):
             if self.dense is None:
                 raise RuntimeError("this mixture holds no dense layer to run while it is off; give it upcycle: true")
             return as_part(self.dense(x, mask=mask))
-        told = self.takes_mask or self.training or self.router_provider.supports_expert_choice()
+        told = self.takes_mask or torch.is_grad_enabled() or self.router_provider.supports_expert_choice()
         routed = {"mask": mask} if mask is not None and told else {}
         if self.takes_tokens and tokens is not None:
             routed["tokens"] = tokens

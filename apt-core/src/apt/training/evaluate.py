@@ -73,9 +73,10 @@ def score(
             here = _rows(batch, ranks)
             here = here if device is None else here.map(lambda each: send(each, device))
             targets = here.targets if here.mask is None else here.targets.masked_fill(~here.mask, -100)
-            # What fills up a window or the ranks' rows is read, and is no token of the split.
-            filled = {"counted": here.mask} if here.mask is not None and isinstance(model, Decoder) else {}
-            output = model(*here.inputs, **filled)
+            # What fills up a window or the ranks' rows is read, and is no token of the split. The model is told where there is
+            # nothing of the kind, too: compiled, it would be compiled once more.
+            counted = torch.ones_like(targets, dtype=torch.bool) if here.mask is None else here.mask
+            output = model(*here.inputs, counted=counted) if isinstance(model, Decoder) else model(*here.inputs)
             loss = nn.functional.cross_entropy(
                 output.logits.flatten(0, 1).float(), targets.flatten(), reduction="sum", ignore_index=-100
             )
