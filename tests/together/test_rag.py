@@ -43,3 +43,7 @@ def test_passages_are_named_or_it_is_said_that_there_are_none(
     words = ["generate", str(tmp_path / "run"), "--prompt", "zebra", "--max-new-tokens", "2", "--rag", str(folder)]
     assert main(words) == 0
     assert said in capsys.readouterr().err
+    # Of several prompts it is said of which.
+    assert main([*words, "--prompt", "zebras"]) == 0
+    told = capsys.readouterr().err
+    assert all(f"[{number}] " in line and said in line for number, line in enumerate(told.splitlines()[:2], 1))

@@ -347,18 +347,22 @@ def _generate(arguments: argparse.Namespace) -> int:
         results = generate_batch(run.model, run.tokenizer, prompts, **options)
         for number, (prompt, result) in enumerate(zip(shown, results, strict=True), 1):
             print(f"[{number}] {prompt}{result.text}")
-    for result in results:
+    for number, result in enumerate(results, 1):
+        which = f"[{number}] " if len(results) > 1 else ""
         if result.sources:
-            print(f"passages from: {', '.join(result.sources)}", file=sys.stderr)
+            print(f"{which}passages from: {', '.join(result.sources)}", file=sys.stderr)
         elif arguments.rag is not None:
             print(
-                f"warning: no passage of {arguments.rag} was used: none bears on the prompt, or none fits in the "
+                f"{which}warning: no passage of {arguments.rag} was used: none bears on the prompt, or none fits in the "
                 f"{run.model.max_seq_len // 2} characters that are half of the model's context",
                 file=sys.stderr,
             )
         if result.left_out:
             room = run.model.max_seq_len
-            print(f"the first {result.left_out} tokens did not fit in the model's context of {room}", file=sys.stderr)
+            print(
+                f"{which}the first {result.left_out} tokens did not fit in the model's context of {room}",
+                file=sys.stderr,
+            )
     return 0
 
 
