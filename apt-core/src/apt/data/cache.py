@@ -58,8 +58,8 @@ class Cache:
                 self.note(f"waiting for another process that makes {kind} in {self.root}")
                 lock.acquire()
             try:
-                # Another process may just have made it.
-                return self._read(folder) or self._make(folder, key, make)
+                # Another process may just have made it; damage was told above.
+                return self._read(folder, tell=False) or self._make(folder, key, make)
             finally:
                 lock.release()
         except OSError as error:
@@ -69,7 +69,7 @@ class Cache:
                 f"data.cache: {self.root}: cannot be written: {error.strerror}; name another folder in data.cache or {VARIABLE}"
             ) from error
 
-    def _read(self, folder: Path) -> Entry | None:
+    def _read(self, folder: Path, *, tell: bool = True) -> Entry | None:
         if not folder.is_dir():
             return None
         try:
@@ -80,7 +80,8 @@ class Cache:
                 return Entry(folder, manifest["facts"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             wrong = [f"{MANIFEST}: {error}"]
-        self.note(f"{folder} is damaged ({', '.join(wrong)}) and is made anew")
+        if tell:
+            self.note(f"{folder} is damaged ({', '.join(wrong)}) and is made anew")
         return None
 
     def _make(self, folder: Path, key: Mapping[str, object], make: Callable[[Path], Mapping[str, object]]) -> Entry:
