@@ -60,11 +60,11 @@ class TransformerBlock(nn.Module):
         attended = as_part(
             self.attention(self.attention_norm(x), causal=self.causal, mask=mask, positions=positions, cache=cache)
         )
-        x = x + self.dropout(attended.output)
+        x = x + self._drop(attended.output)
         if self.cross is not None and self.cross_norm is not None:
             kept = {"cache": memory_cache} if getattr(self.cross, "caches_memory", False) else {}
             crossed = as_part(self.cross(self.cross_norm(x), causal=False, mask=memory_mask, memory=memory, **kept))
-            x = x + self.dropout(crossed.output)
+            x = x + self._drop(crossed.output)
             attended = _together(attended, crossed)
         here = None if mask is None else mask[:, -x.shape[1] :]
         if counted is not None:
@@ -77,7 +77,11 @@ class TransformerBlock(nn.Module):
             raise ValueError(
                 f"attention and ffn both return a loss called {sorted(set(attended.losses) & set(mapped.losses))}"
             )
-        return Part(x + self.dropout(mapped.output), losses, metrics)
+        return Part(x + self._drop(mapped.output), losses, metrics)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        """Without dropout not even a module is called: in eager training of a GPU calls are what is scarce."""
+        return x if self.dropout.p == 0 else self.dropout(x)
 
 
 def _together(one: Part, other: Part) -> Part:

@@ -20,7 +20,7 @@ class LossStep(nn.Module):
 
     def __init__(self, model: Decoder, hooks: HookRunner, precision: str, *, compiled: bool = False) -> None:
         super().__init__()
-        self._fused = torch.compile(mean_loss) if compiled else mean_loss
+        self._fused = torch.compile(mean_loss) if compiled else None
         self.model, self.hooks = model, hooks
         self.precision = torch.bfloat16 if precision == "bf16" else None
 
@@ -37,7 +37,7 @@ class LossStep(nn.Module):
             targets = batch.targets if batch.mask is None else batch.targets.masked_fill(~batch.mask, -100)
             if not weight:
                 loss = output.logits.float().sum() * 0.0  # no target counts, and the mean of none is no number
-            elif output.logits.is_cuda:
+            elif self._fused is not None and output.logits.is_cuda:
                 # On a GPU a compiled run keeps no logits in float32, which would be most of its memory; nor does a step of it
                 # that runs eagerly.
                 with torch.compiler.set_stance("default"):

@@ -102,6 +102,15 @@ def _adamw(parameters: Sequence[Tensor], config: APTConfig, stacked: Container[i
     return AdamW(groups, lr=config.base_lr, betas=config.training.betas, fused=True)
 
 
+def leaves_out(optimizer: Optimizer) -> bool:
+    """Whether a step of the optimizer changes nothing where its `found_inf` is 1, and nobody looks on who would take it for one.
+
+    So does PyTorch's fused AdamW. What a plugin has put around the step is asked for a step that is none.
+    """
+    looked_at = "step" in vars(optimizer) or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    return type(optimizer) is AdamW and not looked_at and all(group.get("fused") for group in optimizer.param_groups)
+
+
 def learning_rate(config: APTConfig, max_steps: int) -> Callable[[int], float]:
     """The learning rate of each step: linear warm-up, then the profile's schedule down to `min_lr_ratio` of it.
 

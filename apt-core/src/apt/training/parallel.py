@@ -8,7 +8,6 @@ gradient's norm, clips, and holds back the exchange between micro-batches withou
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -150,9 +149,9 @@ def gradient_norm(groups: Groups) -> Tensor:
 
 def clip(groups: Groups, limit: float, norm: Tensor) -> None:
     """Scale the gradient, whose norm is `norm`, down to at most `limit`; 0 is no limit."""
-    for parameters in groups.all:
+    for parameters in groups.all if limit else ():
         if parameters:
-            nn.utils.clip_grads_with_norm_(parameters, limit or math.inf, norm)
+            nn.utils.clip_grads_with_norm_(parameters, limit, norm)
 
 
 def _is_shared_out(parameter: Tensor) -> bool:

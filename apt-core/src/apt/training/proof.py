@@ -42,11 +42,12 @@ class Declared:
         return on and self._weight(state) != 0
 
     def _weight(self, state: RunState) -> float:
+        # The buffer holds the scheduled value; on a GPU it would have to be waited for.
+        if self.weight in state.values:
+            return state.values[self.weight]
         buffer = getattr(self.module, self.provider.scheduled.get(self.weight, self.weight), None)
         if isinstance(buffer, torch.Tensor):
             return buffer.item()
-        if self.weight in state.values:
-            return state.values[self.weight]
         option = getattr(self.provider, self.weight, 1.0) if self.weight else 1.0
         return float(option)
 
@@ -78,6 +79,10 @@ class ProofOfUse:
             return []
         idle = self._idle()
         return [part for part in self.pending if getattr(part.module, "active", True) and part.module not in idle]
+
+    def awaits(self, state: RunState) -> bool:
+        """Whether a declared loss is to arrive in this step for the first time."""
+        return any(each.is_due(state) for each in self.awaited)
 
     def take_over(self, proven: Iterable[str]) -> None:
         """The parts at these paths have proven themselves."""

@@ -19,10 +19,13 @@ from apt.errors import AptError, NotFiniteError
 from apt.hookspecs import Batch, RunState
 from apt.modeling.model import Decoder
 from apt.training.guard import find_source
+from apt.training.optim import leaves_out
 from apt.training.parallel import Parallel, alike, clip, gradient_norm
 from apt.training.proof import ProofOfUse
 from apt.training.ranks import Ranks
 
+BESIDE = ("cuda",)
+"""Devices that work beside the processor, so that the update is worth asking for before the numbers are read."""
 ANOMALY = "returned nan values"
 """What PyTorch says where `debug.detect_anomaly` looks and finds."""
 
@@ -39,6 +42,23 @@ class Done:
     norm: float
     rate: float
     metrics: dict[str, float]
+
+
+class Reading:
+    """Numbers on their way to the processor's memory. What is asked of the device after it was made is not waited for."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._numbers = numbers.to("cpu", non_blocking=True)
+        self._arrived: torch.cuda.Event | None = None
+        if numbers.is_cuda:
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record(torch.cuda.current_stream(numbers.device))
+
+    def wait(self) -> Tensor:
+        """The numbers, when they are there."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._numbers
 
 
 class Step:
@@ -62,6 +82,7 @@ class Step:
         self.parallel, self.batches, self.rate, self.proof = parallel, batches, rate, proof
         self.ranks, self.device = ranks, device
         self.groups = alike([each for each in model.parameters() if each.requires_grad])
+        self._fetched: dict[int, Batch] = {}
 
     def take(self, state: RunState, first: int) -> Done:
         """Train on the micro-batches from number `first` on.
@@ -98,28 +119,68 @@ class Step:
             self._stop_at(error, state, first, micro, losses)
         self.parallel.gather(self.groups)
         total_norm = gradient_norm(self.groups)
-        # Read in one go: on a GPU each reading waits until all that was asked of it is done.
-        read = torch.stack([each.to(self.device) for each in (total_norm, *losses.values())]).cpu()
+        # Read in one go: on a GPU each reading waits until all that was asked of it before is done.
+        numbers = torch.stack([each.to(self.device) for each in (total_norm, *losses.values())])
+        reading, rate = Reading(numbers), self.rate(state.step)
+        ahead = not due and self._may_go_ahead(state)
+        if ahead:
+            self._update_unless_broken(rate, total_norm.to(self.device), numbers)
+            self._fetch(first + len(micro))
+        read = reading.wait()
         if self.ranks.any(not bool(read.isfinite().all())):
             raise NotFiniteError(self._give_up(state, first, micro, losses))
-        clip(self.groups, self.config.gradient_clip, total_norm)
+        if not ahead:
+            clip(self.groups, self.config.gradient_clip, total_norm)
         self.proof.check(due, state, losses)
-        self.hooks.hook.apt_gradients_ready(state=state, model=self.model)
-        rate = self.rate(state.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+        if not ahead:
+            self.hooks.hook.apt_gradients_ready(state=state, model=self.model)
+            self._update(rate)
         self.optimizer.zero_grad(set_to_none=True)
         state = replace(state, step=state.step + 1)
         metrics: dict[str, float] = {}
         self.hooks.hook.apt_step_end(state=state, model=self.model, metrics=metrics)
         return Done(state, tokens, dict(zip(losses, read[1:], strict=True)), read[0].item(), rate, metrics)
 
+    def _may_go_ahead(self, state: RunState) -> bool:
+        """Whether the update may be asked for before it is known that the numbers are finite: nobody is to see the gradient in
+        between, and the optimizer leaves a step out by itself."""
+        return (
+            self.device.type in BESIDE
+            and self.ranks.is_alone
+            and not self.hooks.uses("apt_gradients_ready")
+            and not self.proof.awaits(state)
+            and leaves_out(self.optimizer)
+        )
+
+    def _update(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+
+    def _update_unless_broken(self, rate: float, norm: Tensor, numbers: Tensor) -> None:
+        """Clip and update, or, where one of the `numbers` is not finite, neither, which the device decides by itself."""
+        broken = numbers.isfinite().all().logical_not()
+        # A norm that is not finite would spoil the gradients, which are yet to say where it came from.
+        clip(self.groups, self.config.gradient_clip, norm.masked_fill(broken, 0.0))
+        # As `torch.amp.GradScaler` does it: the fused kernel then changes no weight and no moment, and counts no step.
+        self.optimizer.found_inf = broken.float()  # type: ignore[attr-defined]
+        try:
+            self._update(rate)
+        finally:
+            del self.optimizer.found_inf  # type: ignore[attr-defined]
+
     def _batch(self, state: RunState, index: int) -> Batch:
         """This rank's part of a micro-batch, as the plugins leave it."""
-        batch = self.batches.get(index).map(lambda each: send(self.ranks.share(each), self.device))
+        batch = self._fetched.pop(index) if index in self._fetched else self._load(index)
         self.hooks.hook.apt_batch_prepare(state=state, batch=batch)
         return batch
+
+    def _load(self, index: int) -> Batch:
+        return self.batches.get(index).map(lambda each: send(self.ranks.share(each), self.device))
+
+    def _fetch(self, first: int) -> None:
+        """The micro-batches that the next step most likely wants, while the device is busy; what it does not want is left."""
+        self._fetched = {index: self._load(index) for index in range(first, first + self.config.training.accumulate)}
 
     def _backward(self, state: RunState, micro: list[Batch], losses: dict[str, Tensor], *, eager: bool) -> int:
         """The gradient of the mean loss over all tokens of the step, of all ranks; returns how many, and adds to `losses`."""
