@@ -135,7 +135,7 @@ class Step:
         if not ahead:
             self.hooks.hook.apt_gradients_ready(state=state, model=self.model)
             self._update(rate)
-        self.optimizer.zero_grad(set_to_none=True)
+        self._forget_gradients()
         state = replace(state, step=state.step + 1)
         metrics: dict[str, float] = {}
         self.hooks.hook.apt_step_end(state=state, model=self.model, metrics=metrics)
@@ -156,6 +156,12 @@ class Step:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
+
+    def _forget_gradients(self) -> None:
+        # As `zero_grad` does, which takes ten times as long, while a GPU waits for the next forward pass.
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
     def _update_unless_broken(self, rate: float, norm: Tensor, numbers: Tensor) -> None:
         """Clip and update, or, where one of the `numbers` is not finite, neither, which the device decides by itself."""
@@ -204,7 +210,7 @@ class Step:
         """Leave nothing of the step behind, and say what was not finite."""
         self.proof.abandon()
         what = self._explain(state, first, micro, losses)
-        self.optimizer.zero_grad(set_to_none=True)
+        self._forget_gradients()
         return what
 
     def _stop_at(
