@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -20,7 +22,8 @@ class LossStep(nn.Module):
 
     def __init__(self, model: Decoder, hooks: HookRunner, precision: str, *, compiled: bool = False) -> None:
         super().__init__()
-        self._fused = torch.compile(mean_loss) if compiled else None
+        self.compiled = compiled
+        self._fused: Callable[[Tensor, Tensor], Tensor] | None = None
         self.model, self.hooks = model, hooks
         self.precision = torch.bfloat16 if precision == "bf16" else None
 
@@ -37,10 +40,12 @@ class LossStep(nn.Module):
             targets = batch.targets if batch.mask is None else batch.targets.masked_fill(~batch.mask, -100)
             if not weight:
                 loss = output.logits.float().sum() * 0.0  # no target counts, and the mean of none is no number
-            elif self._fused is not None and output.logits.is_cuda:
+            elif self.compiled and output.logits.is_cuda:
                 # On a GPU a compiled run keeps no logits in float32, which would be most of its memory; nor does a step of it
                 # that runs eagerly.
                 with torch.compiler.set_stance("default"):
+                    # Made here, since asking for it loads all of the compiler.
+                    self._fused = self._fused or torch.compile(mean_loss)
                     loss = self._fused(output.logits, targets)
             else:
                 loss = mean_loss(output.logits, targets)
