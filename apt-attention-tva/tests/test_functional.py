@@ -15,6 +15,7 @@ from apt_attention_tva.functional import (
     lost_energy,
     orthonormal,
     row_entropy,
+    sums_by_piece,
 )
 
 SEEDS = st.integers(0, 2**31 - 1)
@@ -112,3 +113,20 @@ def test_row_entropy_has_finite_gradients_where_nothing_is_visible() -> None:
     assert scores.grad is not None
     assert bool(scores.grad.isfinite().all())
     assert not scores.grad[:2].any()
+
+
+@pytest.mark.parametrize("sizes", [(2, 3, 5, 7), (4,), (0, 3)])
+def test_sums_by_piece_are_those_of_one_addition_after_the_other(sizes: tuple[int, ...]) -> None:
+    grad, x = draw(0, *sizes), draw(1, *sizes)
+    piece = torch.randint(0, 5, sizes, dtype=torch.int32, generator=torch.Generator().manual_seed(2))
+    expected = [torch.zeros(6).double().index_add(0, piece.flatten(), each.flatten()) for each in (grad * x, grad)]
+    torch.testing.assert_close(sums_by_piece(grad, x, piece, 6), torch.stack(expected, 1))
+
+
+def test_sums_by_piece_show_that_a_gradient_is_not_finite() -> None:
+    piece = torch.zeros(2, 3, dtype=torch.int32)
+    for bad in (math.nan, math.inf):
+        grad = torch.ones(2, 3)
+        grad[1, 1] = bad
+        assert not bool(sums_by_piece(grad, torch.ones(2, 3), piece, 2).isfinite().all())
+    assert not sums_by_piece(torch.zeros(2, 3), torch.ones(2, 3), piece, 2).any()

@@ -135,12 +135,14 @@ class AutopoieticAttention(Heads):
         """Z of S, in float32 or wider; what is `unseen` gets the lowest number."""
         adjusted = scores
         mean = scores.mean(1, keepdim=True) if self.alpha or self.beta else None
-        if self.alpha and mean is not None:
-            adjusted = torch.lerp(adjusted, mean, self.alpha)
         if self.line:
-            bend = broken_line(scores, *(self.line[name].to(scores.dtype) for name in LINE))
-            adjusted = torch.add(adjusted, bend, alpha=self.epsilon)
+            units = (self.line[name].to(scores.dtype) for name in LINE)
+            adjusted = broken_line(scores, *units, weight=self.epsilon, through=1 - self.alpha)
+            if self.alpha and mean is not None:
+                adjusted = adjusted.add_(mean, alpha=self.alpha)
+        elif self.alpha and mean is not None:
+            adjusted = torch.lerp(adjusted, mean, self.alpha)
         coolness = torch.exp2(-self.theta.to(scores.dtype).tanh())
         if self.beta and mean is not None:
             coolness = coolness * torch.exp(self.beta * (0.5 - row_entropy(mean, unseen)))
-        return (adjusted * coolness).masked_fill(unseen, torch.finfo(scores.dtype).min)
+        return (adjusted * coolness).masked_fill_(unseen, torch.finfo(scores.dtype).min)

@@ -6,12 +6,12 @@ Symbols: D d_model, H heads, d = D / H head width, r rank. A projector is a pair
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 
 def orthonormal(count: int, rank: int, width: int) -> Float[Tensor, "count rank width"]:
@@ -57,8 +57,11 @@ def broken_line(
     slope: Float[Tensor, " hidden"],
     offset: Float[Tensor, " hidden"],
     height: Float[Tensor, " hidden"],
+    *,
+    weight: float = 1.0,
+    through: float = 0.0,
 ) -> Float[Tensor, "*some"]:
-    """f(x) = sum_k height_k relu(slope_k x + offset_k) for every element of `x`, without a hidden layer in memory.
+    """through x + weight f(x), f(x) = sum_k height_k relu(slope_k x + offset_k), without a hidden layer in memory.
 
     A two-layer ReLU map from numbers to numbers is a broken line with a knot at -offset_k / slope_k. Between knots it
     is a straight line, whose two coefficients are prefix sums over the sorted knots; so each element costs one binary
@@ -69,12 +72,15 @@ def broken_line(
         knots, order = torch.where(slope == 0, flat, -offset / slope).sort()
         rising = (slope >= 0)[order].to(height.dtype).unsqueeze(-1)
         passed = torch.bucketize(x, knots, out_int32=True)
-    lines = (torch.stack((slope, offset), -1) * height.unsqueeze(-1))[order]  # [hidden, 2]
+    lines = (torch.stack((slope, offset), -1) * (weight * height).unsqueeze(-1))[order]  # [hidden, 2]
     # Left of all knots the falling pieces are on; each knot that is passed switches one off, or a rising one on.
     change = lines * (2 * rising - 1)
     first = (lines * (1 - rising)).sum(0, keepdim=True)
     table = torch.cat((first, first + change.cumsum(0)))  # [hidden + 1, 2]
-    if torch.compiler.is_compiling():  # a compiler fuses the look-up, and has no use for functions of its own gradient
+    if through:
+        table = torch.stack((table[:, 0] + through, table[:, 1]), 1)
+    if torch.compiler.is_compiling() and x.device.type == "cpu":
+        # A compiler fuses the look-up; elsewhere its gradient would be summed in whatever order threads come.
         piece = torch.nn.functional.embedding(passed, table)
         return piece[..., 0] * x + piece[..., 1]
     line: Float[Tensor, "*some"] = _Line.apply(x, table, passed)  # type: ignore[no-untyped-call]
@@ -89,21 +95,68 @@ class _Line(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, table: Tensor, piece: Tensor) -> Tensor:
-        ctx.save_for_backward(x, table, piece)
+    def forward(x: Tensor, table: Tensor, piece: Tensor) -> Tensor:
         slope, offset = (column.index_select(0, piece.flatten()).view(x.shape) for column in table.unbind(1))
         return torch.addcmul(offset, slope, x)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, table, piece = ctx.saved_tensors
-        pieces = piece.flatten()
-        slope = table[:, 0].index_select(0, pieces).view(x.shape)
-        sums = [
-            table.new_zeros(len(table)).index_add(0, pieces, each.flatten().to(table.dtype))
-            for each in (grad * x, grad)
-        ]
-        return grad * slope, torch.stack(sums, 1), None
+        slope = table[:, 0].index_select(0, piece.flatten()).view(x.shape)
+        if x.device.type == "cpu":
+            pieces = piece.flatten()
+            sums = [
+                table.new_zeros(len(table)).index_add(0, pieces, each.flatten().to(table.dtype))
+                for each in (grad * x, grad)
+            ]
+            return grad * slope, torch.stack(sums, 1), None
+        if torch.compiler.is_compiling():
+            return grad * slope, torch.ops.apt_attention_tva.piece_sums(grad, x, piece, len(table)), None
+        return grad * slope, sums_by_piece(grad, x, piece, len(table)), None
+
+
+def sums_by_piece(
+    grad: Float[Tensor, "*some"], x: Float[Tensor, "*some"], piece: Int[Tensor, "*some"], count: int
+) -> Float[Tensor, "count 2"]:
+    """For each of `count` pieces, the sums of grad x and of grad over its elements: on a GPU fast, and the same every time.
+
+    There sums of floating-point numbers by atomics depend on the order in which threads come, and all would wait for a
+    few addresses. So the numbers are turned into whole ones, of which the largest has 62 bits less those that so many
+    terms can fill; sums of these do not depend on an order. Each column of the last axis has sums of its own first.
+    """
+    if not grad.numel():
+        return grad.new_zeros(count, 2)
+    steps = 2.0 ** (62 - math.ceil(math.log2(grad.numel())))
+    width = grad.shape[-1] if grad.dim() else 1
+    index = piece.reshape(-1, width).long()
+    sums = []
+    # Told to be deterministic, PyTorch would sort the indices; whole numbers need no order.
+    told = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch._C._set_deterministic_algorithms(False)
+    try:
+        for each in (grad * x, grad):
+            scale = steps / torch.linalg.vector_norm(each, math.inf).clamp(min=2.0**-60)
+            whole = (each * scale).long().reshape(-1, width)
+            columns = whole.new_zeros(count, width).scatter_add_(0, index, whole)
+            sums.append(columns.sum(1).to(grad.dtype) / scale)
+    finally:
+        torch._C._set_deterministic_algorithms(told[0], warn_only=told[1])
+    return torch.stack(sums, 1)
+
+
+@torch.library.custom_op("apt_attention_tva::piece_sums", mutates_args=())
+def piece_sums(grad: Tensor, x: Tensor, piece: Tensor, count: int) -> Tensor:
+    """`sums_by_piece` as one step of compiled code."""
+    return sums_by_piece(grad, x, piece, count)
+
+
+@piece_sums.register_fake
+def _(grad: Tensor, x: Tensor, piece: Tensor, count: int) -> Tensor:
+    return grad.new_empty(count, 2)
 
 
 def row_entropy(
