@@ -144,3 +144,19 @@ def test_two_ranks_of_half_a_batch_have_the_losses_and_the_gradient_of_one(tmp_p
         for rank in range(2)
     ]
     assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
+
+
+@given(st.integers(0, 2**31 - 1), st.integers(1, 20), st.integers(1, 6), st.integers(1, 3))
+def test_both_losses_in_one_are_the_two_with_their_gradients(seed: int, tokens: int, experts: int, top_k: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = (3 * torch.randn(tokens, experts, generator=generator)).requires_grad_()
+    indices = logits.topk(min(top_k, experts)).indices
+    together = functional.balance_and_z_loss(logits, indices)
+    apart = functional.load_balance_loss(logits, functional.expert_mask(indices, experts)), functional.z_loss(logits)
+    torch.testing.assert_close(together, apart)
+    for weights in ((1.0, 0.0), (0.0, 1.0), (0.3, 0.7)):
+        grads = [
+            torch.autograd.grad(weights[0] * a + weights[1] * b, logits, retain_graph=True)[0]
+            for a, b in (together, apart)
+        ]
+        torch.testing.assert_close(*grads)

@@ -23,6 +23,8 @@ class Plan(NamedTuple):
 
     order: Tensor
     """[rows] the assignment that stands in each row."""
+    tokens: Tensor
+    """[rows] the token of each row."""
     inverse: Tensor
     """[assignments] the row of each assignment."""
     experts: Tensor
@@ -57,33 +59,46 @@ def plan(
     rows = torch.arange(flat.numel(), device=flat.device)
     if sent is not None:
         chosen = sent.reshape(-1)
-        order = _order(torch.where(chosen, flat, num_experts), num_experts)
+        order, _ = _order(torch.where(chosen, flat, num_experts), num_experts)
         inverse = torch.empty_like(order).scatter_(0, order, rows)
         ends = count(flat, num_experts, chosen).cumsum(0).to(torch.int32)
-        return Plan(order, inverse, flat[order], ends, chosen, top_k)
+        return Plan(order, order // top_k, inverse, flat[order], ends, chosen, top_k)
     key = flat
     if limit is not None and counted is not None:
         key = 2 * flat + (~counted).long().repeat_interleave(top_k)
-    order = _order(key, 2 * num_experts)
+    order, ordered = _order(key, 2 * num_experts)
+    if limit is None:
+        inverse = torch.empty_like(order).scatter_(0, order, rows)
+        return Plan(order, order // top_k, inverse, ordered.to(flat.dtype), _ends(ordered, num_experts), None, top_k)
     experts = flat[order]
     counts = count(flat, num_experts)
-    kept = None
-    if limit is not None:
-        rank = rows - (counts.cumsum(0) - counts)[experts]
-        found_room = rank < limit
-        to_front = _order((~found_room).long(), 1)
-        order, experts, found_room = order[to_front], experts[to_front], found_room[to_front]
-        counts = counts.minimum(limit)
-        kept = torch.empty_like(found_room).scatter_(0, order, found_room)
+    rank = rows - (counts.cumsum(0) - counts)[experts]
+    found_room = rank < limit
+    to_front, _ = _order((~found_room).long(), 1)
+    order, experts, found_room = order[to_front], experts[to_front], found_room[to_front]
+    counts = counts.minimum(limit)
+    kept = torch.empty_like(found_room).scatter_(0, order, found_room)
     inverse = torch.empty_like(order).scatter_(0, order, rows)
-    return Plan(order, inverse, experts, counts.cumsum(0).to(torch.int32), kept, top_k)
+    return Plan(order, order // top_k, inverse, experts, counts.cumsum(0).to(torch.int32), kept, top_k)
 
 
-def _order(keys: Tensor, largest: int) -> Tensor:
-    """Where each of the sorted `keys` [assignments] stood; equal ones stay in their order. None is above `largest`."""
+def _order(keys: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+    """Where each of the sorted `keys` [assignments] stood, and them sorted; equal ones stay in their order.
+
+    None is above `largest`.
+    """
     if keys.device.type == "cuda" and largest < 1 << 15:
         keys = keys.to(torch.int16)  # its sort takes the time that the width of the keys has
-    return keys.argsort(stable=True)
+    ordered, order = keys.sort(stable=True)
+    return order, ordered
+
+
+def _ends(ordered: Tensor, num_experts: int) -> Tensor:
+    """Where each expert's rows end, int32 [experts], from each row's expert `ordered` [rows]."""
+    if torch.compiler.is_compiling():
+        return count(ordered.long(), num_experts).cumsum(0).to(torch.int32)  # of which a compiler makes one kernel
+    each = torch.arange(num_experts, dtype=ordered.dtype, device=ordered.device)
+    return torch.searchsorted(ordered, each, right=True, out_int32=True)
 
 
 def count(experts: Tensor, num_experts: int, counted: Tensor | None = None) -> Tensor:
@@ -94,7 +109,7 @@ def count(experts: Tensor, num_experts: int, counted: Tensor | None = None) -> T
 
 def dispatch(tokens: Tensor, plan: Plan) -> Tensor:
     """The rows [rows, d_model] of `tokens` [tokens, d_model]; its gradient is a gather and a sum over k, no atomics."""
-    rows: Tensor = _Dispatch.apply(tokens, plan.order, plan.inverse, plan.top_k)  # type: ignore[no-untyped-call]
+    rows: Tensor = _Dispatch.apply(tokens, plan.tokens, plan.inverse, plan.top_k)  # type: ignore[no-untyped-call]
     return rows
 
 
@@ -107,7 +122,7 @@ def combine(rows: Tensor, weights: Tensor, plan: Plan, dtype: torch.dtype | None
     """
     if plan.kept is not None:
         weights = weights * plan.kept.view_as(weights)
-    combined: Tensor = _Combine.apply(rows, weights, plan.order, plan.inverse, dtype)  # type: ignore[no-untyped-call]
+    combined: Tensor = _Combine.apply(rows, weights, plan.order, plan.tokens, plan.inverse, dtype)  # type: ignore[no-untyped-call]
     return combined
 
 
@@ -125,8 +140,8 @@ def _sum_of_rows(rows: Tensor, index: Tensor, weights: Tensor | None = None) -> 
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(tokens: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
-        return tokens.index_select(0, order // top_k)
+    def forward(tokens: Tensor, rows: Tensor, inverse: Tensor, top_k: int) -> Tensor:
+        return tokens.index_select(0, rows)
 
     @staticmethod
     def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -143,24 +158,28 @@ class _Combine(torch.autograd.Function):
     """The gradient comes in the dtype of what went out: in bfloat16 half of the memory is moved that float32 would take."""
 
     @staticmethod
-    def forward(rows: Tensor, weights: Tensor, order: Tensor, inverse: Tensor, dtype: torch.dtype | None) -> Tensor:
+    def forward(
+        rows: Tensor, weights: Tensor, order: Tensor, tokens: Tensor, inverse: Tensor, dtype: torch.dtype | None
+    ) -> Tensor:
         summed = _sum_of_rows(rows, inverse.view_as(weights), weights)
         return summed if dtype is None else summed.to(dtype)
 
     @staticmethod
     def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:4])
+        ctx.save_for_backward(*inputs[:5])
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        rows, weights, order, inverse = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
+    ) -> tuple[Tensor, Tensor, None, None, None, None]:
+        rows, weights, order, tokens, inverse = ctx.saved_tensors  # type: ignore[attr-defined]
         if grad.is_cuda:
             grad = grad.to(rows.dtype)  # as under autocast a dense layer's is, and before each is copied k times
-        grad = grad.index_select(0, order // weights.shape[1])
+        grad = grad.index_select(0, tokens)
         products = grad * rows
         sums = products.sum(1, dtype=torch.promote_types(products.dtype, weights.dtype)).to(weights.dtype)
         of_weights = sums.index_select(0, inverse).view_as(weights)
-        return _scaled(grad, weights.reshape(-1).index_select(0, order), rows.dtype), of_weights, None, None, None
+        return _scaled(grad, weights.reshape(-1).index_select(0, order), rows.dtype), of_weights, None, None, None, None
 
 
 def _scaled(rows: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:

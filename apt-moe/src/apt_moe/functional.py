@@ -6,8 +6,11 @@ the losses are means over many tokens, and a capacity must not depend on roundin
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from apt.layers.sharded import has_ranks
 
@@ -60,6 +63,38 @@ def z_loss(logits: Tensor, counted: Tensor | None = None) -> Tensor:
     if counted is None:
         return _mean(squares, None)
     return (squares * counted).sum() / (over_ranks(counted.sum()).clamp(min=1) / _num_ranks())
+
+
+def balance_and_z_loss(logits: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """`load_balance_loss` and `z_loss` of `logits` [tokens, experts] where every token counts and goes to `indices` [tokens, k].
+
+    They are a matter of few numbers and many steps, each of which takes an accelerator's host longer than the device: so both
+    are one function with its gradient, of a third of the steps. Compiled, and over ranks, they are made as the others are.
+    """
+    if torch.compiler.is_compiling() or _num_ranks() > 1 or not logits.numel():
+        return load_balance_loss(logits, expert_mask(indices, logits.shape[-1])), z_loss(logits)
+    balance, squares = _Losses.apply(logits.float(), indices)  # type: ignore[no-untyped-call]
+    return balance, squares
+
+
+class _Losses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, experts = logits.shape
+        logs = logits.log_softmax(-1)
+        probability, total = logs.exp(), logits[:, 0] - logs[:, 0]
+        sent = expert_mask(indices, experts).sum(0)
+        slope = sent * (experts / indices.numel() / tokens)
+        ctx.save_for_backward(probability, total, slope)
+        return (probability.sum(0) * slope).sum(), total.square().mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_balance: Tensor, of_squares: Tensor) -> tuple[Tensor, None]:
+        probability, total, slope = ctx.saved_tensors
+        slope = slope * of_balance
+        rest = total * (of_squares * (2 / len(total))) - (probability * slope).sum(-1)
+        return probability * (slope + rest.unsqueeze(-1)), None
 
 
 def entropy(probabilities: Tensor, counted: Tensor | None = None) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -96,7 +94,9 @@ class BiasRouter(ScoringRouter):
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     device = x.device.type
-    with torch.autocast(device, enabled=False) if device != "meta" else nullcontext():
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return functional.linear(x.float(), weight.float())
+    with torch.autocast(device, enabled=False):
         return functional.linear(x.float(), weight.float())
 
 

@@ -74,13 +74,20 @@ class TopK(RouterProvider):
         if train and self.jitter:
             inputs = inputs * inputs.new_empty(inputs.shape).uniform_(1 - self.jitter, 1 + self.jitter)
         scores = router(inputs)
-        probabilities = self._noisy(router, inputs, scores).softmax(-1) if train else scores.softmax(-1)
-        weights, indices = probabilities.topk(router.top_k, dim=-1)
+        choosing = self._noisy(router, inputs, scores) if train else scores
         if self.renormalise:
-            weights = weights / weights.sum(-1, keepdim=True)
+            # g_chosen / sum g_chosen is the softmax of the chosen scores alone.
+            chosen, indices = choosing.topk(router.top_k, dim=-1)
+            weights = chosen.softmax(-1)
+        else:
+            weights, indices = choosing.softmax(-1).topk(router.top_k, dim=-1)
         if not train:
             return indices, weights, {}
         scores, counted = scores.flatten(0, 1), None if mask is None else mask.flatten()
+        if counted is None and type(self).compute_load_balance_loss is TopK.compute_load_balance_loss:
+            balance, squares = functional.balance_and_z_loss(scores, indices.flatten(0, 1))
+            losses = {"balance_loss": router.balance_weight * balance}
+            return indices, weights, losses | ({"z_loss": self.z_loss * squares} if self.z_loss else {})
         sent = functional.expert_mask(indices.flatten(0, 1), router.num_experts, counted)
         losses = {"balance_loss": router.balance_weight * self.compute_load_balance_loss(scores, sent)}
         if self.z_loss:
