@@ -222,7 +222,7 @@ def _batched_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, *, room: 
 
 def _gathered_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, *, experts: Tensor) -> Tensor:
     """`rows` [rows, in], row n by the matrix of expert ``experts[n]``."""
-    product = torch.matmul(weight.index_select(0, experts), rows.unsqueeze(-1)).squeeze(-1)
+    product = torch.bmm(weight.index_select(0, experts), rows.unsqueeze(-1)).squeeze(-1)
     return product if bias is None else product + bias.index_select(0, experts)
 
 
