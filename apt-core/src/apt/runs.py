@@ -61,7 +61,8 @@ def score_run(
         console=console,
         transient=True,
     )
-    return score(run.model, batches, bytes_per_token=part.bytes_per_token)[0]
+    where = run.model.embedding.weight.device
+    return score(run.model, batches, bytes_per_token=part.bytes_per_token, device=where)[0]
 
 
 def to_new_folder(out: Path) -> Path:
