@@ -140,7 +140,7 @@ def sums_by_piece(
     try:
         for each in (grad * x, grad):
             scale = steps / torch.linalg.vector_norm(each, math.inf).clamp(min=2.0**-60)
-            whole = (each * scale).long().reshape(-1, width)
+            whole = (each * scale).round().long().reshape(-1, width)
             columns = whole.new_zeros(count, width).scatter_add_(0, index, whole)
             sums.append(columns.sum(1).to(grad.dtype) / scale)
     finally:

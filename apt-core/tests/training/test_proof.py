@@ -81,3 +81,12 @@ def test_a_run_that_goes_on_does_not_watch_again_what_has_proven_itself(
         quiet = Console(file=io.StringIO())
         Trainer(loaded.config, tmp_path / out, resolved=loaded.resolved, console=quiet, resume=resume).fit()
     assert watched == [4, 0, 0, 0, 0]
+    # What other code has proven is not taken over.
+    saved = tmp_path / "rest" / "step-000002" / "state.json"
+    monkeypatch.setattr(
+        "apt.training.takeover.check_lock", lambda *args, **kwargs: ["ffn.default is of another version"]
+    )
+    watched.clear()
+    assert saved.is_file()
+    Trainer(loaded.config, tmp_path / "other", resolved=loaded.resolved, console=quiet, resume=str(saved.parent)).fit()
+    assert watched == [4]

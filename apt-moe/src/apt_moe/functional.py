@@ -69,9 +69,9 @@ def balance_and_z_loss(logits: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]
     """`load_balance_loss` and `z_loss` of `logits` [tokens, experts] where every token counts and goes to `indices` [tokens, k].
 
     They are a matter of few numbers and many steps, each of which takes an accelerator's host longer than the device: so both
-    are one function with its gradient, of a third of the steps. Compiled, and over ranks, they are made as the others are.
+    are one function with its gradient, of a third of the steps. On the CPU, compiled, and over ranks they are made by themselves.
     """
-    if torch.compiler.is_compiling() or _num_ranks() > 1 or not logits.numel():
+    if logits.device.type == "cpu" or torch.compiler.is_compiling() or _num_ranks() > 1 or not logits.numel():
         return load_balance_loss(logits, expert_mask(indices, logits.shape[-1])), z_loss(logits)
     balance, squares = _Losses.apply(logits.float(), indices)  # type: ignore[no-untyped-call]
     return balance, squares

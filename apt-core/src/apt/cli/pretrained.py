@@ -17,7 +17,6 @@ from apt.cli.running import (
     hooks_of,
     load_in_place,
     load_weights,
-    prepare_run,
 )
 from apt.errors import UserError
 
@@ -88,11 +87,10 @@ HELP = "/clear forgets the conversation, /exit ends it (so does Ctrl-D); Ctrl-C 
 
 
 def _chat(arguments: argparse.Namespace) -> int:
-    run = load_in_place(arguments)
+    run = load_in_place(arguments, prepared=True, compiled=arguments.compile)
     from apt.inference.chat import Chat
     from apt.inference.sampling import Sampling
 
-    prepare_run(run, arguments, compiled=arguments.compile)
     chat = Chat(
         run.model,
         run.tokenizer,

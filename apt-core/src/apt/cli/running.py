@@ -304,13 +304,18 @@ def load_weights(arguments: argparse.Namespace) -> LoadedRun:
     return run
 
 
-def load_in_place(arguments: argparse.Namespace) -> LoadedRun:
-    """The run that the options name, with the weights that they name, where they say."""
+def load_in_place(arguments: argparse.Namespace, *, prepared: bool = False, compiled: bool = False) -> LoadedRun:
+    """The run that the options name, with the weights that they name, where they say; `prepared` in their precision too."""
     run = load_weights(arguments)
     from apt.training.assembly import pick_device
 
     asked = "cpu" if arguments.device == "auto" and arguments.quantize is not None else arguments.device
-    run.model.to(pick_device(asked, "--device"))
+    where = pick_device(asked, "--device")
+    if arguments.quantize is not None and where.type != "cpu":
+        raise UserError(f"--quantize {arguments.quantize}: is for the CPU; use --dtype bf16 on a GPU")
+    if prepared:  # before it goes there, where the weights as they are saved may not have room
+        prepare_run(run, arguments, compiled=compiled)
+    run.model.to(where)
     return run
 
 
@@ -324,10 +329,9 @@ def prepare_run(run: LoadedRun, arguments: argparse.Namespace, *, compiled: bool
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    run = load_in_place(arguments)
+    run = load_in_place(arguments, prepared=True, compiled=arguments.compile)
     from apt.inference.generate import generate, generate_batch
 
-    prepare_run(run, arguments, compiled=arguments.compile)
     prompts: list[str] = arguments.prompts
     options = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
     options |= {"special": run.special, "hooks": hooks_of(run, arguments.rag), "state": run.state}

@@ -23,7 +23,7 @@ from apt.layers.sharded import local
 from apt.modeling.parts import BoundPart, find_parts
 
 
-@dataclass(frozen=True)
+@dataclass
 class Declared:
     """A loss that a provider says it adds, and what weighs it."""
 
@@ -32,6 +32,8 @@ class Declared:
     provider: Provider
     where: str
     module: nn.Module | None
+    read: float | None = None
+    """A weight that no schedule moves, once it was read."""
 
     def is_due(self, state: RunState) -> bool:
         """Whether it must be there: its provider is on, and its weight is not 0."""
@@ -47,7 +49,9 @@ class Declared:
             return state.values[self.weight]
         buffer = getattr(self.module, self.provider.scheduled.get(self.weight, self.weight), None)
         if isinstance(buffer, torch.Tensor):
-            return buffer.item()
+            if self.read is None:
+                self.read = buffer.item()
+            return self.read
         option = getattr(self.provider, self.weight, 1.0) if self.weight else 1.0
         return float(option)
 
@@ -70,6 +74,8 @@ class ProofOfUse:
             for name, weight in provider.losses.items()
         ]
         self._settled: tuple[str, ...] | None = None
+        self._idle_then: set[nn.Module] = set()
+        self._idle_when: tuple[str, ...] | None = None
         self._ran: set[nn.Module] = set()
         self._handles: list[RemovableHandle] = []
 
@@ -82,7 +88,9 @@ class ProofOfUse:
 
     def awaits(self, state: RunState) -> bool:
         """Whether a declared loss is to arrive in this step for the first time."""
-        return any(each.is_due(state) for each in self.awaited)
+        if self._idle_when != state.plugins_on:
+            self._idle_then, self._idle_when = self._idle(), state.plugins_on
+        return any(each.module not in self._idle_then and each.is_due(state) for each in self.awaited)
 
     def take_over(self, proven: Iterable[str]) -> None:
         """The parts at these paths have proven themselves."""

@@ -57,15 +57,17 @@ def take_over(
         if not start.is_branch:
             raise CheckpointError(what)
         warn(f"{what}; what is held out now may have been learnt then")
-    for fault in check_lock(Lock.from_dict(saved["lock"]), make_lock(resolved), strict=strict_lock):
+    faults = check_lock(Lock.from_dict(saved["lock"]), make_lock(resolved), strict=strict_lock)
+    for fault in faults:
         warn(f"{folder.name}: {fault}")
     state, progress = read_state(saved), saved["progress"]
     if state.step >= parts.max_steps:
         raise CheckpointError(f"{folder}: step {state.step} is the end of this profile; raise max_epochs or max_steps")
     check_phase(folder, state, config)
     if not start.is_branch:
-        # A step that is watched runs eagerly, and so to other bits than a compiled one.
-        parts.proof.take_over(progress.get("proven", ()))
+        if not faults:  # other code has proven nothing
+            # A step that is watched runs eagerly, and so to other bits than a compiled one.
+            parts.proof.take_over(progress.get("proven", ()))
         return Taken(
             left_out=progress["left_out"],
             metrics=progress.get("metrics", sys.maxsize),

@@ -182,7 +182,7 @@ class Trainer:
                         "steps_per_epoch": self.parts.steps_per_epoch,
                     },
                 )
-                with explain_memory(), self.calibration.applied(), repeatable(self.config.hardware.deterministic):
+                with explain_memory(), self.calibration.applied(), self._repeatable():
                     self._run()
                 self.saver.wait()
         except Exception:
@@ -192,6 +192,9 @@ class Trainer:
         finally:
             metrics.close()
         return self._finish()
+
+    def _repeatable(self) -> contextlib.AbstractContextManager[None]:
+        return repeatable(self.config.hardware.deterministic and self.parts.device.type == "cuda")
 
     # Before the first step
 
