@@ -14,7 +14,7 @@ from apt.core.profile import load_profile
 from apt.core.special import SpecialIds
 from apt.inference.context import Context
 from apt.inference.generate import generate, generate_batch
-from apt.inference.recorded import RecordedStep
+from apt.inference.recorded import RecordedStep, Slots
 from apt.inference.stream import TextStream
 from apt.layers import LayerCache
 from apt.layers.cache import KVCache
@@ -131,3 +131,27 @@ def test_a_step_over_the_whole_cache_scores_as_one_over_what_was_read(
             plain.add(tokens)
             recorded.add(tokens)
     assert len(taken) > 40
+
+
+def test_a_step_over_the_whole_cache_that_scores_otherwise_is_not_taken(
+    profile_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = load_profile(profile_file)
+    torch.manual_seed(0)
+    model = ModelBuilder(profile.config, resolved=profile.resolved).build_model().eval()
+    plain = Context(model, [[5, 6, 7]], 40)
+    monkeypatch.setattr(RecordedStep, "is_worth_it", lambda model: True)
+    # As a layer that looks at no mask but its own: it sees what is not written yet.
+    seeing = Slots.append
+    monkeypatch.setattr(Slots, "append", lambda self, k, v, mask=None: (*seeing(self, k, v, mask)[:2], None))
+    recorded = Context(model, [[5, 6, 7]], 40)
+    torch.testing.assert_close(recorded.logits(), plain.logits())
+    for context in (plain, recorded):
+        context.add([10])
+    with pytest.warns(UserWarning, match="recorded it gives other scores"):
+        first = recorded.logits()
+    torch.testing.assert_close(first, plain.logits())
+    for number in range(9):
+        for context in (plain, recorded):
+            context.add([11 + number])
+        torch.testing.assert_close(recorded.logits(), plain.logits())

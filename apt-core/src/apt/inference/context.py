@@ -20,6 +20,9 @@ from apt.layers import LayerCache
 from apt.layers.cache import KVCache
 from apt.modeling.model import Decoder
 
+ROUGHLY = 0.05
+"""Of the largest score: what a recorded step may differ by, where sums are made in another order and in bfloat16."""
+
 
 class Context:
     """Rows of ids; `room` for so many tokens a row is taken, the model's context if that is less.
@@ -45,6 +48,7 @@ class Context:
         self._recorded: RecordedStep | None = None
         self._records = RecordedStep.is_worth_it(model)
         """Whether a token is read as a recording; until one cannot be made."""
+        self._is_proven = True
         self._read_anew()
 
     @torch.inference_mode()
@@ -54,6 +58,8 @@ class Context:
         tokens = self._waiting if self._cache is not None else self._padded()
         if self._cache is not None and tokens.shape[1] == 1 and (step := self._recorded_step(self._cache)) is not None:
             scores = step(tokens)
+            if not self._is_proven:
+                scores = self._prove(tokens, scores, self._cache)
             self._waiting = self._waiting[:, :0]
             return scores
         mask = None if self._mask is None else self._mask[:, : self._slots]
@@ -117,6 +123,7 @@ class Context:
         if self._recorded is None or not self._recorded.fits(cache):
             try:
                 self._recorded = RecordedStep(self.model, cast("list[KVCache]", cache), self._starts)
+                self._is_proven = False
             except RuntimeError as error:
                 # Something in the model waits for the GPU, or allocates where a recording must not.
                 reason = str(error).partition("\n")[0]
@@ -125,6 +132,26 @@ class Context:
                 )
                 self._records, self._recorded = False, None
         return self._recorded
+
+    def _prove(self, tokens: Tensor, scores: Tensor, cache: list[LayerCache]) -> Tensor:
+        """The scores of the same tokens as they are read otherwise; where a recording has others, nothing is recorded any more.
+
+        A recording reads all of a cache's room with a mask, and not every layer need look at one that it did not give.
+        """
+        self._is_proven = True
+        for each in cache:
+            each.length -= tokens.shape[1]
+        mask = None if self._mask is None else self._mask[:, : self._slots]
+        with torch.compiler.set_stance("force_eager"):  # it is read once
+            plain = self.model(tokens, mask=mask, cache=cache, last=1).logits[:, -1]
+        if not bool((scores - plain).abs().max() <= ROUGHLY * plain.abs().max()):
+            warnings.warn(
+                "the compiled step is not recorded as a CUDA graph, which is slower: recorded it gives other scores; an "
+                "attention layer does not look at the mask that its cache's `append` returns",
+                stacklevel=2,
+            )
+            self._records, self._recorded = False, None
+        return plain
 
     def _padded(self) -> Tensor:
         """The texts as they are, padded on the left [batch, longest]."""
