@@ -16,6 +16,7 @@ from apt_moe.provider import MoE
 RANK = """
 import os, sys, torch
 from torch.distributed.device_mesh import init_device_mesh
+from apt.training.ranks import leave
 from apt_moe.parallel import shard_experts
 from apt_moe.provider import MoE
 rank, backend, skew = int(os.environ["RANK"]), sys.argv[2], float(sys.argv[3])
@@ -57,6 +58,7 @@ for _ in range(3):
         learner.step()
         learner.zero_grad()
 torch.distributed.destroy_process_group()
+leave(0)
 """
 
 

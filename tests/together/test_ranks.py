@@ -268,13 +268,13 @@ def test_a_start_that_does_not_go_with_the_profile_is_refused(profile: Path, tmp
 
 
 SCRIPT = """
-import json, os, sys
+import os, sys
 from apt.core.profile import load_profile
 from apt.core.providers import Plugin
 from apt.core.registry import registry
 from apt.errors import AptError
 from apt.hookspecs import hookimpl
-from apt.training.ranks import join_ranks
+from apt.training.ranks import join_ranks, leave
 from apt.training.trainer import Trainer
 
 
@@ -304,7 +304,8 @@ try:
     Trainer(loaded.config, sys.argv[2], resolved=loaded.resolved).fit()
 except AptError as error:
     print(type(error).__name__, error)
-    sys.exit(1)
+    leave(1)
+leave(0)
 """
 
 

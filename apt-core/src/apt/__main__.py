@@ -1,8 +1,6 @@
 """``python -m apt`` is ``apt-core``."""
 
-import sys
-
-from apt.cli import main
+from apt.cli import enter
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter()

@@ -15,7 +15,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TextIO
+from typing import Never, TextIO
 
 from apt import __version__
 from apt.cli import inspecting, pretrained, profiles, running, testing
@@ -63,6 +63,16 @@ OF_THE_USER = {
     *(errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP),
 }
 """What a file system refuses for reasons that the user can mend."""
+
+
+def enter() -> Never:
+    """Run the command of this process, and end the process."""
+    code = main()
+    if "TORCHELASTIC_RUN_ID" in os.environ and "torch" in sys.modules:
+        from apt.training.ranks import leave
+
+        leave(code)
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

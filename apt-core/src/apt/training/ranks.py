@@ -5,13 +5,15 @@ Everything here is what a single process needs too, as one rank of one.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import os
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Never, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -151,6 +153,19 @@ def join_ranks(config: APTConfig) -> Iterator[Ranks]:
     finally:
         with contextlib.suppress(RuntimeError):  # where others are gone already
             dist.destroy_process_group()
+
+
+def leave(code: int) -> Never:
+    """End a process that `torchrun` started, with this exit code; a script of your own that trains calls it last.
+
+    What is registered with `atexit` runs and what was printed is written, but the interpreter is not taken down: gloo's
+    threads outlive their process group where anything still refers to it, such as DDP or a cached mesh, and one that lets go
+    of its last tensor while Python ends aborts the process, whose run was good (pytorch/pytorch#190489).
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _is_lost(error: RuntimeError) -> bool:
