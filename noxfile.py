@@ -23,7 +23,8 @@ SOURCES = [f"{name}/src" for name in DISTRIBUTIONS]
 EXTRAS = ("bpe", "chat", "gguf")
 MORE_EXTRAS = ("datasets", "tensorboard", "wandb", "mlflow")
 TEST_TOOLS = ("pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis", "jsonschema", "beartype")
-TYPES = ("mypy>=1.18", "types-PyYAML", "types-psutil")
+BACKEND = ("hatchling>=1.26",)
+TYPES = ("mypy>=2.4", "types-PyYAML", "types-psutil")
 BLOCKS = ("sybil>=9",)
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 CALM = "--hypothesis-profile=ci"
@@ -68,25 +69,26 @@ def packages_of(session: nox.Session, python: str) -> str:
 
 
 @once
-def build(session: nox.Session) -> dict[str, str]:
-    """The wheels of the five distributions, by name."""
-    for old in WHEELS.glob("*.whl"):
-        old.unlink()
-    folders = [f"./{name}" for name in DISTRIBUTIONS]
-    session.run("python", "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(WHEELS), *folders)
-    return {name: str(next(WHEELS.glob(f"{name.replace('-', '_')}-*.whl"))) for name in DISTRIBUTIONS}
-
-
-@once
 def lend(session: nox.Session) -> str:
-    """The packages of others, in an environment that no session runs in; returns the folder that holds them."""
-    requirements = {*declared("apt-core", *EXTRAS), *TEST_TOOLS, *TYPES, *BLOCKS}
+    """The packages of others, in an environment that no session runs in; returns its Python."""
+    requirements = {*declared("apt-core", *EXTRAS), *TEST_TOOLS, *TYPES, *BLOCKS, *BACKEND}
     requirements.update(each for name in DISTRIBUTIONS[1:] for each in declared(name))
     session.run("python", "-m", "venv", "--clear", str(LENT))
     python = str(LENT / "bin" / "python")
     options = ("--quiet", "--no-compile", "--constraint", "constraints.txt")  # what is imported is compiled then
     session.run(python, "-m", "pip", "install", *options, *sorted(requirements), external=True)
-    return packages_of(session, python)
+    return python
+
+
+@once
+def build(session: nox.Session) -> dict[str, str]:
+    """The wheels of the five distributions, by name."""
+    for old in WHEELS.glob("*.whl"):
+        old.unlink()
+    folders = [f"./{name}" for name in DISTRIBUTIONS]
+    options = ("--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir", str(WHEELS))
+    session.run(lend(session), "-m", "pip", "wheel", *options, *folders, external=True)
+    return {name: str(next(WHEELS.glob(f"{name.replace('-', '_')}-*.whl"))) for name in DISTRIBUTIONS}
 
 
 def install(session: nox.Session, names: tuple[str, ...], *others: str) -> None:
@@ -94,11 +96,11 @@ def install(session: nox.Session, names: tuple[str, ...], *others: str) -> None:
 
     What it is lent includes pip: `with_lent` makes the environment without one of its own.
     """
-    folder = lend(session)
+    folder = packages_of(session, lend(session))
     Path(packages_of(session, "python"), "lent.pth").write_text(f"import site; site.addsitedir({folder!r})\n")
     wheels = build(session)
     chosen = [wheels[name] + (f"[{','.join(EXTRAS)}]" if name == "apt-core" else "") for name in names]
-    session.install("--quiet", "--constraint", "constraints.txt", *chosen, *others)
+    session.install("--quiet", "--no-build-isolation", "--constraint", "constraints.txt", *chosen, *others)
 
 
 def pytest(session: nox.Session, *arguments: str, **environment: str) -> None:
@@ -156,7 +158,7 @@ def docs(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """mypy --strict over the five packages."""
     install(session, DISTRIBUTIONS)
-    session.run("python", "-m", "mypy", *SOURCES)
+    session.run("python", "-m", "mypy", "--num-workers", "2", *SOURCES)
 
 
 @nox.session

@@ -31,7 +31,7 @@ WORDS = ["".join(letters) for letters in itertools.product("abcdef", repeat=4)]
     [
         pytest.param(["model.attention={provider: tva_default, r: 2}"], marks=pytest.mark.thorough),
         pytest.param(["model.attention={provider: autopoietic}"], marks=pytest.mark.thorough),
-        ["model.attention=sdpa", "model.ffn={provider: moe, experts: 4}"],
+        pytest.param(["model.attention=sdpa", "model.ffn={provider: moe, experts: 4}"], marks=pytest.mark.thorough),
     ],
     ids=["tva_default", "autopoietic", "moe"],
 )

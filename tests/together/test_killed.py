@@ -115,7 +115,7 @@ def test_killed_at_random_moments(config: APTConfig, tmp_path: Path, times: int)
     assert_same_bits(bits(tmp_path / "whole"), bits(out))
 
 
-@pytest.mark.parametrize("stride", [37, pytest.param(3, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("stride", [61, pytest.param(3, marks=pytest.mark.thorough)])
 def test_killed_when_the_disk_is_touched(config: APTConfig, tmp_path: Path, stride: int) -> None:
     short = config.model_copy(update={"training": config.training.model_copy(update={"max_steps": 6})})
     assert run(train, short, tmp_path / "whole") == 0
