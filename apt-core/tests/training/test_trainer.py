@@ -344,6 +344,18 @@ def test_a_loss_that_spikes_is_reported(profile_file: Path, tmp_path: Path) -> N
     assert any(event["event"] == "spike" for event in read_metrics(tmp_path / "run"))
 
 
+def test_a_resumed_run_tells_the_spikes_of_one_that_never_stopped(profile_file: Path, tmp_path: Path) -> None:
+    sets = ["monitoring.spike=0.5", "training.steps_per_epoch=35", "training.learning_rate=1e-7"]
+    train(profile_file, tmp_path / "whole", *sets, "training.save_every=55", "training.keep_last=9")
+    train(profile_file, tmp_path / "rest", *sets, resume=str(tmp_path / "whole" / "step-000055"))
+    whole, rest = (
+        [event["step"] for event in read_metrics(tmp_path / name) if event["event"] == "spike"]
+        for name in ("whole", "rest")
+    )
+    assert rest
+    assert rest == [step for step in whole if int(str(step)) > 55]
+
+
 def test_a_loss_that_begins_between_two_lines_of_the_log_has_its_own_mean() -> None:
     watch = Stopwatch()
     for step in range(4):

@@ -106,6 +106,7 @@ class Between:
                         "proven": [*self.parts.proof.proven],
                         "best": self.saver.best,
                         "metrics": self.journal.metrics.length,
+                        "spikes": self.journal.spikes,
                     },
                     randoms=randoms,
                     copy=self.saver.copies,

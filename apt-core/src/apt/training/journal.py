@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -21,7 +22,10 @@ from apt.training.watch import SpikeDetector, Stopwatch
 
 
 class Journal:
-    """Notes each event of a run. Its clock runs from when it is made, and says how fast training is."""
+    """Notes each event of a run. Its clock runs from when it is made, and says how fast training is.
+
+    `spikes` is what `spikes` was at the checkpoint that the run goes on from.
+    """
 
     def __init__(
         self,
@@ -31,6 +35,7 @@ class Journal:
         report: Report,
         utilisation: Utilisation,
         ranks: Ranks,
+        spikes: Mapping[str, Any] | None = None,
     ) -> None:
         self.resolved = resolved
         self.metrics, self.report, self.utilisation, self.ranks = metrics, report, utilisation, ranks
@@ -38,7 +43,8 @@ class Journal:
         self._watch = Stopwatch()
         self._unsound: set[str] = set()
         """Metrics whose bounds were left, which is told once."""
-        self._spikes = None if config.monitoring.spike is None else SpikeDetector(config.monitoring.spike)
+        self._deviations = config.monitoring.spike
+        self._go_on(spikes)
 
     def line(self, text: str) -> None:
         """Print a line."""
@@ -48,9 +54,18 @@ class Journal:
         """What happens in here is not training time."""
         return self._watch.paused()
 
-    def forget(self) -> None:
-        """The run goes back: what was summed since the last line belongs to a course that is left."""
+    @property
+    def spikes(self) -> dict[str, Any] | None:
+        """What later losses are held against, as JSON values; None where nobody watches for spikes."""
+        return None if self._spikes is None else self._spikes.save()
+
+    def _go_on(self, spikes: Mapping[str, Any] | None) -> None:
+        self._spikes = None if self._deviations is None else SpikeDetector(self._deviations, saved=spikes)
+
+    def forget(self, spikes: Mapping[str, Any] | None) -> None:
+        """The run goes back to where `spikes` was this: what was summed since the last line belongs to a course that is left."""
         self._watch.read()
+        self._go_on(spikes)
 
     def stepped(self, done: Done) -> None:
         """A step was taken: it is counted, and told where it is time to. All ranks call it."""

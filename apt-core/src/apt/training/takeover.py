@@ -33,6 +33,8 @@ class Taken:
     """What a branch's parent calls the parameters whose names differ."""
     calibration: Mapping[str, Any] | None = None
     """How products were computed."""
+    spikes: Mapping[str, Any] | None = None
+    """What losses are held against, where spikes are watched for."""
 
 
 def take_over(
@@ -73,6 +75,7 @@ def take_over(
             metrics=progress.get("metrics", sys.maxsize),
             best=progress["best"] if start.has_best else None,
             calibration=progress.get("calibration"),
+            spikes=progress.get("spikes"),
         )
     assert start.before is not None
     left_out, moved = find_place(folder, saved, start.before, config, parts)

@@ -166,7 +166,9 @@ class Trainer:
             ):
                 self._tell_start(report)
                 utilisation = Utilisation(self.config, self.resolved, self.parts.device, ranks.size)
-                self.journal = Journal(self.config, self.resolved, metrics, report, utilisation, ranks)
+                self.journal = Journal(
+                    self.config, self.resolved, metrics, report, utilisation, ranks, self.taken.spikes
+                )
                 self.between = Between(
                     self.config,
                     self.resolved,
@@ -372,9 +374,12 @@ class Trainer:
         self._restore(folder, self.taken.names if written is None else None)
         restore_random(folder, self.ranks.rank)
         self.left_out += read - self.state.step
+        spikes = self.taken.spikes
         if written is not None:
-            self.journal.metrics.cut(read_saved(folder)["progress"]["metrics"])
-        self.journal.forget()
+            progress = read_saved(folder)["progress"]
+            self.journal.metrics.cut(progress["metrics"])
+            spikes = progress["spikes"]
+        self.journal.forget(spikes)
         self.journal.not_finite(at, "rewind", str(error))
         self.journal.line(f"{error}; back to step {self.state.step}, what was read since is left out")
 

@@ -7,8 +7,9 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
+from typing import Any
 
 from torch import Tensor
 
@@ -51,11 +52,18 @@ LASTING = 10
 
 
 class SpikeDetector:
-    """Says which losses lie far above those of the last `window` steps."""
+    """Says which losses lie far above those of the last `window` steps.
 
-    def __init__(self, deviations: float, window: int = 50) -> None:
-        self.deviations, self._row = deviations, 0
-        self._last: deque[float] = deque(maxlen=window)
+    `saved` is what `save` said of another, whose judgement is gone on with.
+    """
+
+    def __init__(self, deviations: float, window: int = 50, saved: Mapping[str, Any] | None = None) -> None:
+        self.deviations, self._row = deviations, 0 if saved is None else saved["row"]
+        self._last: deque[float] = deque(() if saved is None else saved["last"], maxlen=window)
+
+    def save(self) -> dict[str, Any]:
+        """What later losses are held against, as JSON values."""
+        return {"row": self._row, "last": [*self._last]}
 
     def is_spike(self, loss: float) -> bool:
         """Whether this step's loss is one.
