@@ -21,13 +21,6 @@ hardware: {{threads: 1, device: cuda, deterministic: true}}
 """
 
 
-@pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"def f{number}(x):\n    return x + {number}\n\n" for number in range(600)))
-    return path
-
-
 @pytest.fixture
 def profile(text: Path, tmp_path: Path) -> Path:
     """Six steps of a small model on the GPU."""

@@ -1,4 +1,4 @@
-"""What the tests of all packages together share: the repository's profiles, and a small text to train on."""
+"""What the tests of all packages together share: the repository's profiles."""
 
 from __future__ import annotations
 
@@ -11,14 +11,6 @@ from apt.core.profile import load_profile
 
 ROOT = Path(__file__).parents[2]
 PROFILES = ROOT / "profiles"
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of text that a small model can learn something from in a few steps."""
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"def f{number}(x):\n    return x + {number}\n\n" for number in range(300)))
-    return path
 
 
 @pytest.fixture
