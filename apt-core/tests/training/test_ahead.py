@@ -163,6 +163,22 @@ def test_who_looks_on_between_gradient_and_update_sees_no_step_that_may_be_none(
     assert not ahead
 
 
+def test_no_text_is_read_that_no_step_trains_on(
+    profile_file: Path, tmp_path: Path, ahead: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    load = stepping.Step._load
+
+    def noted(step: stepping.Step, index: int) -> Any:
+        read.append(index)
+        return load(step, index)
+
+    monkeypatch.setattr(stepping.Step, "_load", noted)
+    train(profile_file, tmp_path / "run", "training.accumulate=2")
+    assert ahead
+    assert read == [*range(12)]
+
+
 def test_muon_waits(profile_file: Path, tmp_path: Path, ahead: list[int]) -> None:
     train(profile_file, tmp_path / "run", "training.optimizer=muon")
     assert not ahead

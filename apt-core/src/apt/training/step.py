@@ -125,7 +125,8 @@ class Step:
         ahead = not due and self._may_go_ahead(state)
         if ahead:
             self._update_unless_broken(rate, total_norm.to(self.device), numbers)
-            self._fetch(first + len(micro))
+            if state.step + 1 < state.max_steps:
+                self._fetch(first + len(micro))
         read = reading.wait()
         if self.ranks.any(not bool(read.isfinite().all())):
             raise NotFiniteError(self._give_up(state, first, micro, losses))
