@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from apt.core.registry import Registry, registry
 from apt.core.resolve import resolve_config
 from apt.errors import AptError, CheckpointError, PluginError, ProofOfUseError, UserError
 from apt.hookspecs import hookimpl
+from apt.training import trainer as training
 from apt.training.checkpoint import list_checkpoints, load_run, read_saved
 from apt.training.record import read_metrics
 from apt.training.trainer import RunResult, Trainer
@@ -527,6 +529,25 @@ def test_a_gpu_that_is_not_there_is_refused(profile_file: Path, tmp_path: Path) 
         pytest.skip("there is a GPU")
     with pytest.raises(UserError, match="cuda is asked for, but PyTorch sees no GPU; use auto or cpu"):
         train(profile_file, tmp_path / "run", "hardware.device=cuda")
+
+
+def test_a_gpu_is_told_to_leave_nothing_to_chance_before_it_computes_anything(
+    profile_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, object]] = []
+    for name in ("assemble", "settle"):
+
+        def noted(*given: Any, name: str = name, inner: Any = getattr(training, name), **named: Any) -> Any:
+            told.append((os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""), torch.are_deterministic_algorithms_enabled()))
+            return inner(*given, **named)
+
+        monkeypatch.setattr(training, name, noted)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    monkeypatch.setattr(training, "pick_device", lambda *_: torch.device("cuda"))
+    train(profile_file, tmp_path / "run", "hardware.deterministic=true", "hardware.matmul=auto")
+    assert told == [(":4096:8", True)] * 2
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_where_there_is_no_terminal_lines_are_printed(profile_file: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from apt.hookspecs import RunState
 from apt.modeling.compose import ModelBuilder
 from apt.modeling.model import Decoder
 from apt.modeling.parts import set_active
-from apt.training.assembly import assemble
+from apt.training.assembly import assemble, pick_device
 from apt.training.between import Between
 from apt.training.calibration import settle
 from apt.training.card import write_card
@@ -156,7 +156,7 @@ class Trainer:
         self.start = Start.find(self.config, self.out, self.resume, self.branch)
         self.parent = self.start.parent
         ranks.wait()
-        with explain_memory():
+        with explain_memory(), self._repeatable():
             self._prepare()
         metrics = self._open_folder()
         try:
@@ -196,7 +196,9 @@ class Trainer:
         return self._finish()
 
     def _repeatable(self) -> contextlib.AbstractContextManager[None]:
-        return repeatable(self.config.hardware.deterministic and self.parts.device.type == "cuda")
+        """Around all that computes, what is measured before the first step too: a GPU is told before its first product."""
+        hardware = self.config.hardware
+        return repeatable(hardware.deterministic and pick_device(hardware.device, "hardware.device").type == "cuda")
 
     # Before the first step
 
