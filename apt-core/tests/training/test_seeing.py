@@ -16,10 +16,10 @@ from rich.console import Console
 from apt.core.discovery import discover
 from apt.core.lock import make_lock
 from apt.core.profile import load_profile
-from apt.core.providers import LoggerProvider
+from apt.core.providers import LoggerProvider, Plugin
 from apt.core.registry import Registry
 from apt.errors import ProfileError
-from apt.hookspecs import RunState
+from apt.hookspecs import NextToken, RunState, hookimpl
 from apt.inference.generate import generate
 from apt.training.peak import peak_flops, peak_of
 from apt.training.progress import Report
@@ -51,6 +51,7 @@ class Ours(LoggerProvider):
 def train(profile: Path, out: Path, *sets: str, resume: str = "never") -> tuple[RunResult, str]:
     registry = Registry(discover)
     registry.register("logger", "ours", Ours)
+    registry.register("plugin", "shouts", Shouts)
     loaded = load_profile(profile, sets=sets, registry=registry)
     output = io.StringIO()
     trainer = Trainer(
@@ -112,6 +113,31 @@ def test_samples_are_drawn_at_each_evaluation_and_change_nothing(profile_file: P
     page = (result.folder / "samples.md").read_text()
     assert page.index("## Step 4") < page.index("## Step 8")
     assert str(samples[1]["text"]) in page
+    ours, theirs = (dict(each.model.state_dict()) for each in (plain, result))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+class Shouts(Plugin):
+    """Writes one letter, and draws by the way."""
+
+    api_level: ClassVar[int] = 1
+
+    @hookimpl
+    def apt_logits_ready(self, next_token: NextToken) -> None:
+        torch.rand(1)
+        letter = ord("A") + 3  # the ids of bytes begin with 3
+        next_token.logits = torch.where(torch.arange(next_token.logits.shape[-1]) == letter, 0.0, -torch.inf)[None]
+
+
+def test_plugins_take_part_in_samples_while_they_are_on_and_change_no_weight(
+    profile_file: Path, tmp_path: Path
+) -> None:
+    sets = ["plugins=[shouts]", "schedules={enable_shouts_at_step: 6}", "model.dropout=0.1"]
+    plain, _ = train(profile_file, tmp_path / "plain", *sets)
+    result, _ = train(profile_file, tmp_path / "run", *sets, "evaluation.samples=true")
+    early, late = (str(event["text"]) for event in read_metrics(result.folder) if event["event"] == "sample")
+    assert "AAAAA" not in early
+    assert late == "def AAAAA"
     ours, theirs = (dict(each.model.state_dict()) for each in (plain, result))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 

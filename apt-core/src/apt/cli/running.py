@@ -375,7 +375,7 @@ def hooks_of(run: LoadedRun, rag: Path | None = None) -> HookRunner:
     from apt.core.hooks import HookRunner
     from apt.core.registry import registry
 
-    plugins = {name: plugin for name, plugin in run.resolved.plugins.items() if name in run.state.plugins_on}
+    plugins = run.resolved.plugins_of(run.state.plugins_on)
     if rag is not None:
         # Passages may take half of the context; the prompt and what follows it need the rest.
         room = run.model.max_seq_len // 2

@@ -8,7 +8,7 @@ reads; that the tokenizer's ids fit the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from apt.core.config import APTConfig, Choice
@@ -54,6 +54,10 @@ class Resolved:
         """Every provider with its dotted path in the profile, plugins and nested ones too."""
         for resolution in self.resolutions:
             yield resolution.where, resolution.provider
+
+    def plugins_of(self, names: Collection[str]) -> dict[str, Plugin]:
+        """The plugins of these names, such as those that are on, in the profile's order."""
+        return {name: plugin for name, plugin in self.plugins.items() if name in names}
 
 
 def resolve_config(config: APTConfig, registry: Registry | None = None, *, whole: bool = True) -> Resolved:

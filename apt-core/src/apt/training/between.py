@@ -14,7 +14,7 @@ from apt.errors import NotFiniteError
 from apt.hookspecs import RunState
 from apt.training.assembly import Assembly
 from apt.training.card import write_samples
-from apt.training.evaluate import Score, evaluate
+from apt.training.evaluate import Score, evaluate, untouched
 from apt.training.journal import Journal
 from apt.training.randoms import RandomState
 from apt.training.ranks import Ranks
@@ -128,7 +128,7 @@ class Between:
         if self.parts.is_split:
             self.journal.line("no sample is drawn: the model is split over the ranks")
             return
-        self.journal.sampled(
-            state, draw_sample(self.config, self.resolved, self.parts.model, self.parts.tokenizer, state)
-        )
+        with untouched(self.parts.model):  # plugins may draw
+            text = draw_sample(self.config, self.resolved, self.parts.model, self.parts.tokenizer, state)
+        self.journal.sampled(state, text)
         write_samples(self.out)
