@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from apt.cli import main
 from apt.core.config import APTConfig
 from apt.errors import ProofOfUseError, SwitchError
 from apt.hookspecs import RunState
@@ -21,6 +22,18 @@ from apt.training.record import read_metrics
 from apt.training.trainer import Trainer
 from apt_align.plugin import AlignPlugin
 from apt_moe.routers import TopK
+
+
+TRUNK = """\
+name: trunk
+model:
+  {{d_model: 16, num_heads: 2, num_layers: 1, d_ff: 24, max_seq_len: 16, dropout: 0.0, attention_dropout: 0.0, norm: rmsnorm,
+   attention: sdpa, ffn: swiglu}}
+training: {{max_steps: 5, steps_per_epoch: 5, batch_size: 2, warmup_steps: 0, learning_rate: 1e-2}}
+data: {{source: files, path: "{text}"}}
+evaluation: {{max_batches: 1, sample_tokens: 0}}
+monitoring: {{plot: false}}
+"""
 
 
 def changed(config: APTConfig, section: str, **values: object) -> APTConfig:
@@ -56,6 +69,24 @@ def test_each_switch_is_measured_shown_and_recorded(tiny: APTConfig, tmp_path: P
     assert "moe_dropped" not in align
     assert "moe on; loss of a fixed held-out batch" in said
     assert f"moe_dropped {moe['moe_dropped']:.4f}" in said
+
+
+def test_experts_that_are_on_from_the_first_step_of_an_imported_model_grow_out_of_its_dense_layers(
+    tiny: APTConfig, text: Path, tmp_path: Path
+) -> None:
+    trunk, run = tmp_path / "trunk", tmp_path / "run"
+    profile = tmp_path / "trunk.yaml"
+    profile.write_text(TRUNK.format(text=text))
+    assert main(["train", "-p", str(profile), "--out", str(trunk)]) == 0
+    assert main(["export", "hf", str(trunk), str(tmp_path / "hf")]) == 0
+    data = f"data={{source: files, path: '{text}'}}"
+    assert main(["import", "hf", str(tmp_path / "hf"), "--out", str(tmp_path / "imported"), "--set", data]) == 0
+    sets = ["model.ffn={provider: moe, experts: 2, expert: swiglu}", "training={max_steps: 1, steps_per_epoch: 1}"]
+    words = [word for each in (*sets, "evaluation={max_batches: 1, sample_tokens: 0}") for word in ("--set", each)]
+    assert main(["branch", str(tmp_path / "imported"), "--plugins", "moe", *words, "--out", str(run)]) == 0
+    (switch,) = switches(run)
+    assert (switch["plugin"], switch["step"]) == ("moe", 0)
+    assert abs(switch["change"]) < 1e-5
 
 
 def test_micro_batches_are_one_large_batch_with_experts_that_drop_nothing(tiny: APTConfig, tmp_path: Path) -> None:

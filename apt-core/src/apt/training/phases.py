@@ -77,7 +77,10 @@ class Certificate:
 
 
 class Phases:
-    """Enters each step of a run: values, switches, the hooks of epochs and steps."""
+    """Enters each step of a run: values, switches, the hooks of epochs and steps.
+
+    A run that `begins_anew` has learnt nothing before its first step, so that what is on from there changes nothing.
+    """
 
     def __init__(
         self,
@@ -88,10 +91,13 @@ class Phases:
         buffers: Mapping[str, list[Tensor]],
         measure: Measure,
         certified: Callable[[Certificate, RunState], None],
+        *,
+        begins_anew: bool,
     ) -> None:
         self.config, self.hooks, self.model, self.optimizer = config, hooks, model, optimizer
         self.schedule = Schedule(config)
         self.buffers, self.measure, self.certified = buffers, measure, certified
+        self.begins_anew = begins_anew
 
     def enter(self, state: RunState, *, first_of_epoch: bool) -> RunState:
         """The state of the step that is about to run. Raises `SwitchError` where a switch changes too much."""
@@ -121,7 +127,7 @@ class Phases:
                 buffer.fill_(value)
 
     def _switch_on(self, plugin: str, state: RunState) -> None:
-        if state.step == 0:
+        if state.step == 0 and self.begins_anew:
             set_active(self.model, plugin, True)
             return
         before, _ = self.measure(False)

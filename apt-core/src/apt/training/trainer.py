@@ -254,6 +254,7 @@ class Trainer:
             *(config, self.hooks, parts.model, parts.optimizer, parts.buffers),
             self._measure,
             certified=lambda certificate, state: self.journal.switched(certificate, state),
+            begins_anew=self.start.checkpoint is None,
         )
         unreached = self.phases.schedule.list_unreached(parts.max_steps, parts.steps_per_epoch, parts.max_epochs)
         for line in (*unreached, *list_unfinished(config, parts.max_steps), *list_unshared(config, ranks)):
