@@ -306,12 +306,13 @@ def restore(
 def restore_random(folder: Path, rank: int = 0) -> bool:
     """Put all random states in place: the last thing before the first step, so that nothing draws in between.
 
-    Says whether the checkpoint holds any for this rank; one of fewer ranks does not.
+    Says whether they are; a checkpoint of fewer ranks has none for this one, where that of an imported model needs none.
     """
-    state = find_state(read_saved(folder)["random"], load_file(folder / EXTRA), rank)
+    saved = read_saved(folder)["random"]
+    state = find_state(saved, load_file(folder / EXTRA), rank)
     if state is not None:
         state.restore()
-    return state is not None
+    return state is not None or not saved
 
 
 def _listed(words: Iterable[str], most: int = 5) -> str:
