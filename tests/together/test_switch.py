@@ -23,7 +23,6 @@ from apt.training.trainer import Trainer
 from apt_align.plugin import AlignPlugin
 from apt_moe.routers import TopK
 
-
 TRUNK = """\
 name: trunk
 model:

@@ -114,6 +114,7 @@ def test_it_goes_back_to_what_it_began_with_not_to_another_course_s_checkpoint(
     result = train(profile_file, out, *sets, "training.learning_rate=1e-4", at=6, resume=str(out / "step-000004"))
     assert result.state.step == 12
     assert read_saved(find_checkpoint(out))["progress"]["left_out"] == 3
+    assert told(out, "train") == list(range(1, 13))
     rates = {
         each["learning_rate"] for each in read_metrics(out) if each["event"] == "train" and int(str(each["step"])) > 4
     }

@@ -536,8 +536,9 @@ def test_a_gpu_is_told_to_leave_nothing_to_chance_before_it_computes_anything(
 ) -> None:
     told: list[tuple[str, object]] = []
     for name in ("assemble", "settle"):
+        inner = getattr(training, name)
 
-        def noted(*given: Any, name: str = name, inner: Any = getattr(training, name), **named: Any) -> Any:
+        def noted(*given: Any, inner: Any = inner, **named: Any) -> Any:
             told.append((os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""), torch.are_deterministic_algorithms_enabled()))
             return inner(*given, **named)
 

@@ -39,6 +39,8 @@ class Metrics:
         if folder is not None:
             self._file = (folder / METRICS).open("a", buffering=1)
             self.cut(kept)
+        self.kept = self.length
+        """Bytes that were there before this process wrote any."""
         self._loggers = loggers
 
     @property

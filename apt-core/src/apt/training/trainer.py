@@ -377,11 +377,12 @@ class Trainer:
         self._restore(folder, self.taken.names if written is None else None)
         restore_random(folder, self.ranks.rank)
         self.left_out += read - self.state.step
-        spikes = self.taken.spikes
+        # What it began with may be of another run, whose metrics are not here.
+        metrics, spikes = self.journal.metrics.kept, self.taken.spikes
         if written is not None:
             progress = read_saved(folder)["progress"]
-            self.journal.metrics.cut(progress["metrics"])
-            spikes = progress["spikes"]
+            metrics, spikes = progress["metrics"], progress["spikes"]
+        self.journal.metrics.cut(metrics)
         self.journal.forget(spikes)
         self.journal.not_finite(at, "rewind", str(error))
         self.journal.line(f"{error}; back to step {self.state.step}, what was read since is left out")
