@@ -9,18 +9,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
 from apt.core.discovery import discover
+from apt.core.hooks import HookRunner
 from apt.core.lock import make_lock
 from apt.core.profile import load_profile
 from apt.core.providers import LoggerProvider, Plugin
 from apt.core.registry import Registry
-from apt.errors import ProfileError
-from apt.hookspecs import NextToken, RunState, hookimpl
+from apt.errors import PluginError, ProfileError
+from apt.hookspecs import Batch, NextToken, RunState, hookimpl
 from apt.inference.generate import generate
+from apt.layers import Output
+from apt.modeling.compose import ModelBuilder
+from apt.training.loss import LossStep
 from apt.training.peak import peak_flops, peak_of
 from apt.training.progress import Report
 from apt.training.record import Metrics, read_metrics
@@ -52,6 +57,7 @@ def train(profile: Path, out: Path, *sets: str, resume: str = "never") -> tuple[
     registry = Registry(discover)
     registry.register("logger", "ours", Ours)
     registry.register("plugin", "shouts", Shouts)
+    registry.register("plugin", "clashes", Clashes)
     loaded = load_profile(profile, sets=sets, registry=registry)
     output = io.StringIO()
     trainer = Trainer(
@@ -142,6 +148,63 @@ def test_plugins_take_part_in_samples_while_they_are_on_and_change_no_weight(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+class Clashes(Plugin):
+    """Gives what nobody can take."""
+
+    api_level: ClassVar[int] = 1
+    gives: str
+
+    @hookimpl
+    def apt_loss_extra(self, output: Output) -> Mapping[str, torch.Tensor]:
+        loss = output.logits.square().mean()
+        given = {"a loss": loss, "a number": {"odd": 0.5}, "a vector": {"odd": loss[None]}, "the loss": {"loss": loss}}
+        return given.get(self.gives, {})  # type: ignore[return-value]
+
+    @hookimpl
+    def apt_step_end(self, metrics: dict[str, float]) -> None:
+        metrics.update({"a rate": {"learning_rate": 1.0}, "a step": {"step": 1.0}}.get(self.gives, {}))
+
+    @hookimpl
+    def apt_evaluation_end(self, metrics: dict[str, float]) -> None:
+        metrics.update({"a score": {"loss": 1.0}}.get(self.gives, {}))
+
+    @hookimpl
+    def apt_checkpoint_save(self) -> Mapping[str, object]:
+        return {"seen": {1, 2} if self.gives == "a set" else [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("gives", "message"),
+    [
+        ("a loss", r"plugin 'clashes' \(\(registered\) 0\) failed in apt_loss_extra at step 0: .* not losses by name"),
+        ("a number", "the added loss 'odd' is a float, not a tensor of one number"),
+        ("a vector", r"the added loss 'odd' is of shape \[1\], not a tensor"),
+        ("the loss", "two losses are called 'loss'"),
+        ("a rate", "a metric is called 'learning_rate'"),
+        ("a step", "a metric is called 'step'"),
+        ("a score", "a metric is called 'loss'"),
+        ("a set", "plugin 'clashes': apt_checkpoint_save returned what is neither JSON nor a tensor"),
+    ],
+)
+def test_what_a_plugin_gives_that_nobody_can_take_is_told_in_words(
+    profile_file: Path, tmp_path: Path, gives: str, message: str
+) -> None:
+    with pytest.raises(PluginError, match=message):
+        train(profile_file, tmp_path / "run", f"plugins=[{{clashes: {{gives: {gives}}}}}]")
+
+
+def test_two_losses_of_one_name_are_refused(profile_file: Path) -> None:
+    config = load_profile(profile_file).config
+    twice = type("Twice", (), {"apt_loss_extra": hookimpl(lambda self, output: {"odd": output.logits.mean()})})
+    hooks = HookRunner()
+    for _ in range(2):
+        hooks.manager.register(twice())
+    step = LossStep(ModelBuilder(config).build_model(), hooks, "fp32")
+    tokens = torch.ones(1, 4, dtype=torch.long)
+    with pytest.raises(PluginError, match="two losses are called 'odd'"):
+        step(RunState(0, 0, 1, 1), Batch(tokens, tokens), weight=1.0, extra_weight=1.0)
+
+
 def test_the_folder_describes_itself(profile_file: Path, tmp_path: Path) -> None:
     result, _ = train(profile_file, tmp_path / "a run", 'evaluation.sample_prompt=say "hi"')
     folder = result.folder
@@ -214,6 +277,8 @@ def test_a_terminal_shows_the_numbers_under_the_bar() -> None:
 
 def test_vectors_are_lists_and_what_is_not_finite_is_null(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path, 0)
-    metrics.write("evaluation", step=1, load=torch.tensor([0.25, float("nan")]), loss=float("inf"))
+    metrics.write("evaluation", step=1, load=torch.tensor([0.25, float("nan")]), loss=float("inf"), seen=np.float32(2))
     metrics.close()
-    assert read_metrics(tmp_path) == [{"event": "evaluation", "step": 1, "load": [0.25, None], "loss": None}]
+    assert read_metrics(tmp_path) == [
+        {"event": "evaluation", "step": 1, "load": [0.25, None], "loss": None, "seen": 2.0}
+    ]

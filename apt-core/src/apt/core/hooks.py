@@ -169,7 +169,10 @@ class _Guard:
             if self._is_off(arguments):
                 return None
             with self._watched(arguments):
-                return self.bound(*(arguments[name] for name in self.wanted))
+                result = self.bound(*(arguments[name] for name in self.wanted))
+                if self.hook == "apt_loss_extra" and not isinstance(result, Mapping | None):
+                    raise TypeError(f"returned a {type(result).__name__}, not losses by name")
+                return result
 
         return self._named(call, "return run({})")
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from apt.core.config import APTConfig
 from apt.core.resolve import Resolved
+from apt.errors import PluginError
 from apt.hookspecs import RunState
 from apt.training.evaluate import Score
 from apt.training.peak import Utilisation
@@ -19,6 +20,9 @@ from apt.training.ranks import Ranks
 from apt.training.record import Metrics
 from apt.training.step import Done
 from apt.training.watch import SpikeDetector, Stopwatch
+
+ALWAYS = ("event", "step", "epoch")
+"""What every event has."""
 
 
 class Journal:
@@ -103,17 +107,16 @@ class Journal:
 
     def evaluated(self, state: RunState, scored: Score, seen: Mapping[str, Tensor], extra: Mapping[str, float]) -> None:
         """The held-out loss, with the model's metrics and the plugins'."""
-        self._note(
-            "evaluation",
-            state,
-            split="validation",
-            loss=scored.loss,
-            bits_per_byte=scored.bits_per_byte,
-            values=dict(state.values),
-            plugins_on=list(state.plugins_on),
-            **{name: metric.tolist() for name, metric in seen.items()},
-            **extra,
-        )
+        facts = {
+            "split": "validation",
+            "loss": scored.loss,
+            "bits_per_byte": scored.bits_per_byte,
+            "values": dict(state.values),
+            "plugins_on": list(state.plugins_on),
+        }
+        _add({name: metric.tolist() for name, metric in seen.items()}, facts)
+        _add(extra, facts)
+        self._note("evaluation", state, **facts)
         self.line(
             f"step {state.step}: held-out loss {scored.loss:.4f} nats a token, {scored.bits_per_byte:.4f} bits a byte"
         )
@@ -142,17 +145,26 @@ class Journal:
         seen = {name: value.item() for name, value in self.ranks.sum(sums).items()}
         state = done.state
         used = self.utilisation.of(speed, state)
-        self._note(
-            "train",
-            state,
-            split="train",
+        facts = {
+            "split": "train",
             **seen,
-            learning_rate=done.rate,
-            gradient_norm=done.norm,
-            tokens_per_second=round(speed, 1),
+            "learning_rate": done.rate,
+            "gradient_norm": done.norm,
+            "tokens_per_second": round(speed, 1),
             **({} if used is None else {"mfu": used}),
-            values=dict(state.values),
-            plugins_on=list(state.plugins_on),
-            **done.metrics,
-        )
+            "values": dict(state.values),
+            "plugins_on": list(state.plugins_on),
+        }
+        _add(done.metrics, facts)
+        self._note("train", state, **facts)
         self.report.step(state, seen["loss"], speed, used, done.rate)
+
+
+def _add(metrics: Mapping[str, object], to: dict[str, object]) -> None:
+    """Raises `PluginError` for a name that an event has already: what it says would be lost."""
+    for name, value in metrics.items():
+        if name in to or name in ALWAYS:
+            raise PluginError(
+                f"a metric is called {name!r}, as something else of its event is; give it a name of its own"
+            )
+        to[name] = value

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from apt.core.hooks import HookRunner
+from apt.errors import PluginError
 from apt.hookspecs import Batch, RunState
 from apt.layers import Output
 from apt.modeling.model import Decoder
@@ -49,14 +50,28 @@ class LossStep(nn.Module):
                     loss = self._fused(output.logits, targets)
             else:
                 loss = mean_loss(output.logits, targets)
-            extra = dict(output.losses)
+            extra: dict[str, Tensor] = {}
             hook = self.hooks.hook.apt_loss_extra
-            for losses in hook(state=state, model=self.model, batch=batch, output=output):
-                extra.update(losses)
+            for losses in (output.losses, *hook(state=state, model=self.model, batch=batch, output=output)):
+                _add(losses, extra)
         share = loss * weight
         for more in extra.values():
             share = share + more * extra_weight
         return share, {"loss": loss.detach(), **{name: more.detach() for name, more in extra.items()}}
+
+
+def _add(losses: Mapping[str, Tensor], to: dict[str, Tensor]) -> None:
+    """Raises `PluginError` for what is no loss, and for one whose name is taken: it would stand for the other."""
+    for name, loss in losses.items():
+        if not isinstance(loss, Tensor) or loss.dim():
+            raise PluginError(f"the added loss {name!r} is {_said(loss)}, not a tensor of one number")
+        if name == "loss" or name in to:
+            raise PluginError(f"two losses are called {name!r}; give what a part or plugin adds a name of its own")
+        to[name] = loss
+
+
+def _said(value: object) -> str:
+    return f"of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def mean_loss(logits: Float[Tensor, "batch seq vocab"], targets: Int[Tensor, "batch seq"]) -> Float[Tensor, ""]:

@@ -15,6 +15,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
 from torch import Tensor
 
 from apt.core.config import APTConfig, HardwareProfile
@@ -71,7 +72,7 @@ class Metrics:
 
 
 def _plain(value: object) -> object:
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor | np.ndarray | np.generic):
         return _plain(value.tolist())
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]

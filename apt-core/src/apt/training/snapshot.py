@@ -27,7 +27,7 @@ from apt.core.profile import dump_resolved
 from apt.core.providers import Tokenizer
 from apt.core.resolution import record_of
 from apt.core.resolve import Resolved
-from apt.errors import CheckpointError
+from apt.errors import CheckpointError, PluginError
 from apt.hookspecs import RunState
 from apt.layers.sharded import local
 from apt.training.checkpoint import EXTRA, FORMAT, LATEST, MANIFEST, OPTIMIZER, PROFILE, STATE, WEIGHTS, digest_of
@@ -245,6 +245,11 @@ def _split(hooks: Mapping[str, Mapping[str, object]]) -> tuple[dict[str, dict[st
                 tensors[f"hooks.{plugin}/{key}"] = value.detach().clone()
             else:
                 plain[plugin][key] = value
+        try:
+            json.dumps(plain[plugin])
+        except (TypeError, ValueError) as error:
+            what = f"plugin {plugin!r}: apt_checkpoint_save returned what is neither JSON nor a tensor: {error}"
+            raise PluginError(what) from error
     return plain, tensors
 
 
