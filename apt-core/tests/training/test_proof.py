@@ -81,6 +81,13 @@ def test_a_run_that_goes_on_does_not_watch_again_what_has_proven_itself(
         quiet = Console(file=io.StringIO())
         Trainer(loaded.config, tmp_path / out, resolved=loaded.resolved, console=quiet, resume=resume).fit()
     assert watched == [4, 0, 0, 0, 0]
+    # So does a branch, whose bits are the trunk's too, but for one of another model.
+    for out, change in (("branch", "training.learning_rate=1e-3"), ("changed", "model.dropout=0.5")):
+        watched.clear()
+        other = load_profile(profile_file, sets=["training.max_steps=2", change])
+        whole = tmp_path / "whole" / "step-000001"
+        Trainer(other.config, tmp_path / out, resolved=other.resolved, console=quiet, branch=whole).fit()
+        assert watched == [0 if out == "branch" else 4]
     # What other code has proven is not taken over.
     saved = tmp_path / "rest" / "step-000002" / "state.json"
     monkeypatch.setattr(

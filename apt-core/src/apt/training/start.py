@@ -109,6 +109,11 @@ class Start:
         return cls(folder, branch is not None, is_moved, tuple(changes), saved)
 
     @property
+    def has_same_parts(self) -> bool:
+        """Whether nothing is said otherwise of what the model is made of; only a branch may."""
+        return not (self.is_branch and any(each.startswith(("model", "plugins")) for each in self.changes))
+
+    @property
     def has_best(self) -> bool:
         """Whether the best checkpoint so far, of the course that a run goes on with, is still in its folder."""
         if self._own is None:

@@ -66,10 +66,10 @@ def take_over(
     if state.step >= parts.max_steps:
         raise CheckpointError(f"{folder}: step {state.step} is the end of this profile; raise max_epochs or max_steps")
     check_phase(folder, state, config)
+    if not faults and start.has_same_parts:  # other code has proven nothing
+        # A step that is watched runs eagerly, and so to other bits than a compiled one.
+        parts.proof.take_over(progress.get("proven", ()))
     if not start.is_branch:
-        if not faults:  # other code has proven nothing
-            # A step that is watched runs eagerly, and so to other bits than a compiled one.
-            parts.proof.take_over(progress.get("proven", ()))
         return Taken(
             left_out=progress["left_out"],
             metrics=progress.get("metrics", sys.maxsize),
