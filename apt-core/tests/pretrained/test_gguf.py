@@ -22,7 +22,7 @@ from apt.pretrained.importing import import_model
 from apt.pretrained.llama import LlamaShape, to_theirs
 from apt.training.checkpoint import LoadedRun
 
-from .conftest import loaded, logits
+from .conftest import loaded, logits, train
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("tokenizers")
@@ -46,11 +46,11 @@ TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<ass
 
 def llama_cpp(name: str) -> str:
     """A tensor's name there."""
-    base = name.removesuffix(".weight")
+    base, _, kind = name.rpartition(".")
     if base.startswith("model.layers."):
         index, _, part = base.removeprefix("model.layers.").partition(".")
-        return f"blk.{index}.{NAMES[part]}.weight"
-    return f"{NAMES[base]}.weight"
+        return f"blk.{index}.{NAMES[part]}.{kind}"
+    return f"{NAMES[base]}.{kind}"
 
 
 def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -60,10 +60,10 @@ def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
     )
 
 
-def write_gguf(run: LoadedRun, path: Path, *, half: bool = False, **changes: object) -> Path:
-    """What llama.cpp's converter would make of a run."""
+def write_gguf(run: LoadedRun, path: Path, *, half: bool = False, family: str = "llama", **changes: object) -> Path:
+    """What llama.cpp's converter would make of a run; `keys` are further ones of the model's."""
     shape = LlamaShape.from_config(run.config)
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, family)
     writer.add_name("Tiny")
     writer.add_block_count(shape.num_layers)
     writer.add_context_length(shape.max_seq_len)
@@ -73,6 +73,8 @@ def write_gguf(run: LoadedRun, path: Path, *, half: bool = False, **changes: obj
     writer.add_head_count_kv(shape.num_kv_heads)
     writer.add_rope_freq_base(shape.rope_theta)
     writer.add_layer_norm_rms_eps(shape.norm_eps)
+    for key, (value, kind) in changes.get("keys", {}).items():  # type: ignore[attr-defined]
+        writer.add_key_value(f"{family}.{key}", value, kind)
     content = json.loads((run.folder / "tokenizer.json").read_text())
     vocabulary = sorted(content["model"]["vocab"], key=content["model"]["vocab"].get)
     writer.add_tokenizer_model("gpt2")
@@ -82,11 +84,14 @@ def write_gguf(run: LoadedRun, path: Path, *, half: bool = False, **changes: obj
     writer.add_token_merges([" ".join(pair) for pair in content["model"]["merges"]])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-    writer.add_add_bos_token(bool(changes.get("add_bos", True)))
+    if changes.get("add_bos", True) is not None:
+        writer.add_add_bos_token(bool(changes.get("add_bos", True)))
     writer.add_chat_template(TEMPLATE)
     for name, weight in to_theirs(shape, run.model.state_dict()).items():
+        if family == "qwen2" and name.endswith("o_proj.bias"):
+            continue
         for part, heads in (("q_proj", shape.num_heads), ("k_proj", shape.num_kv_heads)):
-            weight = permuted(weight, heads) if part in name else weight
+            weight = permuted(weight, heads) if part in name and family == "llama" else weight
         data = weight.numpy().astype(np.float16 if half and weight.dim() > 1 else np.float32)
         writer.add_tensor(llama_cpp(name), data)
     writer.write_header_to_file()
@@ -115,6 +120,56 @@ def test_half_precision_is_read_as_float32(trained: Path, tmp_path: Path) -> Non
     assert after.model.embedding.weight.dtype == torch.float32
     torch.testing.assert_close(logits(after), logits(before), atol=2e-3, rtol=0)
     assert after.special.start is None
+
+
+@pytest.mark.parametrize(("family", "bias"), [("qwen2", "qkv"), ("llama", "all")])
+def test_biases_are_read_and_only_a_llamas_rows_are_put_back(
+    corpus: Path, tmp_path: Path, family: str, bias: str
+) -> None:
+    before = loaded(train(tmp_path / "x", corpus, attention=f", bias: {bias}"))
+    with torch.no_grad():
+        for name, parameter in before.model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    path = write_gguf(before, tmp_path / "tiny.gguf", family=family)
+    after = loaded(import_model("gguf", path, tmp_path / "run"))
+    torch.testing.assert_close(logits(after), logits(before), atol=1e-6, rtol=0)
+
+
+def test_scaled_positions_are_read_with_the_context_of_before(trained: Path, tmp_path: Path) -> None:
+    from_file = {
+        "rope.scaling.type": ("yarn", gguf.GGUFValueType.STRING),
+        "rope.scaling.factor": (4.0, gguf.GGUFValueType.FLOAT32),
+        "rope.scaling.original_context_length": (8, gguf.GGUFValueType.UINT32),
+        "rope.scaling.finetuned": (True, gguf.GGUFValueType.BOOL),
+        "rope.dimension_count": (4, gguf.GGUFValueType.UINT32),
+    }
+    path = write_gguf(loaded(trained), tmp_path / "tiny.gguf", keys=from_file)
+    run = loaded(import_model("gguf", path, tmp_path / "run"))
+    scaling = run.config.get_provider_config("attention")["rope_scaling"]
+    assert scaling == {"type": "yarn", "factor": 4.0, "original_max_seq_len": 8}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kind", "what"),
+    [
+        ("rope.scaling.attn_factor", 0.5, gguf.GGUFValueType.FLOAT32, "is not supported; .* without .'attn_factor'"),
+        ("rope.dimension_count", 2, gguf.GGUFValueType.UINT32, "2 of a head's 4 features are turned; here all are"),
+    ],
+)
+def test_positions_that_turn_otherwise_are_refused(
+    trained: Path, tmp_path: Path, key: str, value: object, kind: object, what: str
+) -> None:
+    scaled = {"rope.scaling.factor": (2.0, gguf.GGUFValueType.FLOAT32)}
+    path = write_gguf(loaded(trained), tmp_path / "tiny.gguf", keys={**scaled, key: (value, kind)})
+    with pytest.raises(UserError, match=what):
+        import_model("gguf", path, tmp_path / "run")
+
+
+def test_a_text_of_llama_3_starts_with_bos_where_the_file_does_not_say(trained: Path, tmp_path: Path) -> None:
+    for words, start in (("llama-bpe", 1), ("gpt-2", None)):
+        path = write_gguf(loaded(trained), tmp_path / f"{words}.gguf", words=words, add_bos=None)
+        assert loaded(import_model("gguf", path, tmp_path / words)).special.start == start
 
 
 def test_a_rule_for_words_that_is_not_known_is_refused(trained: Path, tmp_path: Path) -> None:

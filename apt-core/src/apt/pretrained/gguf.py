@@ -1,7 +1,7 @@
 """GGUF files, as llama.cpp writes them: dequantised weights, with rotary rows put back, and the tokenizer built anew.
 
-llama.cpp turns neighbouring features (2i, 2i + 1), here and in transformers it is (i, i + width / 2); its converter permutes the
-rows of W_q and W_k to match, and here they are permuted back.
+llama.cpp turns neighbouring features (2i, 2i + 1) of a llama, here and in transformers it is (i, i + width / 2); its converter
+permutes the rows of W_q and W_k, and of their biases, to match, and here they are permuted back. A qwen2 it turns as we do.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from apt.builtin.pretrained import PretrainedTokenizer
 from apt.errors import Fault, FaultsError, UserError
-from apt.pretrained.gguf_tokenizer import build_tokenizer
+from apt.pretrained.gguf_tokenizer import LLAMA3, WORDS, build_tokenizer
 from apt.pretrained.llama import LlamaShape
 from apt.pretrained.sources import Source
 
@@ -38,6 +38,12 @@ _BLOCK = {
 }
 _ENDS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>", "</s>")
 """Control tokens that end a text wherever a vocabulary has them, as llama.cpp holds it too."""
+_SCALING = {
+    "original_context_length": "original_max_position_embeddings",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+}
+"""GGUF's words for scaled positions, and those of config.json."""
 CONTROL = 3
 """A token's type in GGUF: it is no text."""
 
@@ -56,7 +62,7 @@ def open_gguf(path: Path) -> Source:
         raise UserError(f"{path}: is not a GGUF file: {error}") from error
     fields = {name: field.contents() for name, field in reader.fields.items()}
     tensors = {_rename(tensor.name): tensor for tensor in reader.tensors}
-    shape = _shape(fields, str(path), tied="lm_head.weight" not in tensors, vocabulary=tensors)
+    shape = _shape(fields, str(path), tensors)
     if "rope_freqs.weight" in tensors:
         raise FaultsError([Fault(f"{path}: rope_freqs.weight", "scaled positions are not supported")])
 
@@ -66,9 +72,9 @@ def open_gguf(path: Path) -> Source:
         found = tensors[name]
         weight = torch.from_numpy(dequantize(found.data, found.tensor_type).copy())
         for part, heads in (("q_proj", shape.num_heads), ("k_proj", shape.num_kv_heads)):
-            if part in name:
-                # [heads, width / 2, 2, d_model] holds the pairs side by side; we want all first ones, then all second.
-                weight = weight.view(heads, -1, 2, shape.d_model).transpose(1, 2).reshape(weight.shape)
+            if part in name and fields["general.architecture"] != "qwen2":
+                # [heads, width / 2, 2, ...] holds the pairs side by side; we want all first ones, then all second.
+                weight = weight.view(heads, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
         return weight
 
     tokenizer, add_bos = _tokenizer(fields, path)
@@ -85,15 +91,14 @@ def _rename(name: str) -> str:
     return name
 
 
-def _shape(fields: Mapping[str, Any], where: str, *, tied: bool, vocabulary: Mapping[str, Any]) -> LlamaShape:
+def _shape(fields: Mapping[str, Any], where: str, tensors: Mapping[str, Any]) -> LlamaShape:
     """The shape, by way of what config.json would say."""
     family = str(fields.get("general.architecture"))
 
     def of(key: str) -> Any:
         return fields.get(f"{family}.{key}")
 
-    scaling = of("rope.scaling.type")
-    embedding = vocabulary.get("model.embed_tokens.weight")
+    embedding = tensors.get("model.embed_tokens.weight")
     config = {
         "model_type": family,
         "hidden_size": of("embedding_length"),
@@ -106,13 +111,18 @@ def _shape(fields: Mapping[str, Any], where: str, *, tied: bool, vocabulary: Map
         "max_position_embeddings": of("context_length"),
         "rms_norm_eps": round(float(of("attention.layer_norm_rms_epsilon") or 1e-6), 12),
         "rope_theta": of("rope.freq_base") or 10000.0,
-        "rope_scaling": None if scaling in (None, "none") else {"type": scaling, "factor": of("rope.scaling.factor")},
-        "tie_word_embeddings": tied,
+        "rope_scaling": _scaling(fields, family),
+        "attention_bias": "model.layers.0.self_attn.o_proj.bias" in tensors,
+        "tie_word_embeddings": "lm_head.weight" not in tensors,
         "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
         "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
     }
     shape = LlamaShape.from_hf({key: value for key, value in config.items() if value is not None}, where)
+    turned = of("rope.dimension_count")
+    if turned not in (None, shape.width):
+        part = f"{turned} of a head's {shape.width} features are turned; here all are"
+        raise FaultsError([Fault(f"{where}: {family}.rope.dimension_count", part)])
     tokens: Sequence[str] = fields.get("tokenizer.ggml.tokens", ())
     types: Sequence[int] = fields.get("tokenizer.ggml.token_type", ())
     ends = [
@@ -123,10 +133,22 @@ def _shape(fields: Mapping[str, Any], where: str, *, tied: bool, vocabulary: Map
     return replace(shape, eos=tuple(dict.fromkeys((*shape.eos, *ends))))
 
 
+def _scaling(fields: Mapping[str, Any], family: str) -> dict[str, object] | None:
+    """What config.json would say of scaled positions; None where they are as they are. What has no word there keeps its own."""
+    start = f"{family}.rope.scaling."
+    given = {key.removeprefix(start): value for key, value in fields.items() if key.startswith(start)}
+    given.pop("finetuned", None)  # how the model was trained, which changes nothing
+    kind = given.pop("type", "linear")
+    factor = given.pop("factor", fields.get(f"{family}.rope.scale_linear"))
+    if kind == "none" or not factor:
+        return None
+    return {"type": kind, "factor": factor, **{_SCALING.get(key, key): value for key, value in given.items()}}
+
+
 def _tokenizer(fields: Mapping[str, Any], path: Path) -> tuple[PretrainedTokenizer, bool]:
-    """The tokenizer, and whether a text starts with bos (llama.cpp's defaults: yes for SentencePiece's, no for GPT-2's)."""
-    model = fields.get("tokenizer.ggml.model")
-    add_bos = bool(fields.get("tokenizer.ggml.add_bos_token", model == "llama"))
+    """The tokenizer, and whether a text starts with bos (llama.cpp's defaults: yes for SentencePiece's and Llama 3's)."""
+    usual = fields.get("tokenizer.ggml.model") == "llama" or WORDS.get(fields.get("tokenizer.ggml.pre", "")) == LLAMA3
+    add_bos = bool(fields.get("tokenizer.ggml.add_bos_token", usual))
     tokens: Sequence[str] = fields.get("tokenizer.ggml.tokens", ())
     settings: dict[str, object] = {"add_bos_token": add_bos}
     for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
