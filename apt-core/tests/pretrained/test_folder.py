@@ -36,7 +36,19 @@ def test_a_model_that_was_exported_and_imported_gives_equal_logits(
     before, after = loaded(trained), loaded(import_model("hf", exported, tmp_path / "run"))
     assert torch.equal(logits(before), logits(after))
     assert after.tokenizer.encode("The banging") == before.tokenizer.encode("The banging")
-    assert (after.special.start, after.special.stop) == (None, frozenset((1, 2)))
+    assert after.special == before.special
+
+
+def test_what_starts_and_ends_a_text_here_does_there(exported: Path, corpus: Path, tmp_path: Path) -> None:
+    export_hf(loaded(train(tmp_path / "x", corpus, tokenizer="byte")), tmp_path / "bytes")
+    for folder in (exported, tmp_path / "bytes"):
+        theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        plain = theirs.encode("The ban", add_special_tokens=False).ids
+        assert theirs.encode("The ban").ids == [1, *plain]
+        assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [2, 1]
+    again = tmp_path / "again"
+    export_hf(loaded(import_model("hf", exported, tmp_path / "run")), again)
+    assert tokenizers.Tokenizer.from_file(str(again / "tokenizer.json")).encode("").ids == [1]
 
 
 def test_the_head_of_a_tied_model_is_not_written_and_is_tied_again(corpus: Path, tmp_path: Path) -> None:

@@ -39,6 +39,8 @@ def export_hf(run: LoadedRun, out: Path) -> list[str]:
     config = shape.to_hf()
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    # The start of another text ends one, too.
+    ids["eos_token_id"] = [*shape.eos, *sorted(run.special.stop - {*shape.eos})]
     (out / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
     save_file(to_theirs(shape, run.model.state_dict()), out / "model.safetensors", metadata={"format": "pt"})
     notes += _write_tokenizer(run, provider, out)
@@ -58,9 +60,31 @@ def _write_tokenizer(run: LoadedRun, provider: TokenizerProvider, out: Path) -> 
         settings = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
     else:
         return [f"the tokenizer {provider.get_name()} has no form that transformers reads; it is left out"]
+    if run.special.start is not None:
+        _begin_with(out / FILE, run.special.start)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": run.config.max_seq_len, **settings}
     (out / SETTINGS).write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return []
+
+
+def _begin_with(path: Path, start: int) -> None:
+    """Let the tokenizer put the id that starts a text before it, as prompts here have it, where it does not do so itself."""
+    from tokenizers import Tokenizer
+
+    content = json.loads(path.read_text(encoding="utf-8"))
+    token = {each["id"]: each["content"] for each in content["added_tokens"]}.get(start)
+    if token is None or Tokenizer.from_str(json.dumps(content)).encode("").ids[:1] == [start]:
+        return
+    bos, first = {"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    rule = {
+        "type": "TemplateProcessing",
+        "single": [bos, first],
+        "pair": [bos, first, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {token: {"id": token, "ids": [start], "tokens": [token]}},
+    }
+    before = content["post_processor"]
+    content["post_processor"] = rule if before is None else {"type": "Sequence", "processors": [before, rule]}
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
 def _bytes_as_pairs() -> dict[str, object]:
