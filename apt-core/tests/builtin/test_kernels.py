@@ -50,6 +50,13 @@ def test_flex_computes_what_sdpa_does(options: dict[str, object]) -> None:
         same(ours, Flex.model_validate({**options, "compiled": False}).create_layer(32, 4).eval())
 
 
+def test_flex_does_not_break_the_graph_of_a_compiled_model() -> None:
+    with torch.no_grad():
+        layer, x = Flex(positions="none", compiled=False).create_layer(32, 4).eval(), torch.randn(2, 5, 32)
+        whole = torch.compile(layer, backend="eager", fullgraph=True)
+        torch.testing.assert_close(whole(x, causal=False), layer(x, causal=False))
+
+
 def test_flex_has_no_backward_pass_on_the_cpu_and_the_run_is_refused_before_it_begins(
     profile_file: Path, tmp_path: Path
 ) -> None:

@@ -6,7 +6,6 @@ it writes the scores out. A single query, as in decoding, goes the way of `sdpa`
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import warnings
 from collections.abc import Callable
@@ -57,19 +56,24 @@ class FlexAttention(SDPAttention):
                 f"attention.flex: heads of width {q.shape[3]}; on a GPU flex_attention's kernel has at least {LEAST_WIDTH}; "
                 "use fewer heads, attention.head_width, compiled: false, or attention: sdpa"
             )
-        inside = torch.compiler.is_compiling()  # Dynamo looks through caches, and warns of them
-        if mask is not None or (inside and (causal or window is not None)):
-            blocks: BlockMask | None = _make_blocks(q.shape[2], k.shape[2], causal, window, q.device, mask)
-        else:
-            blocks = None if inside else _find_blocks(q.shape[2], k.shape[2], causal, window, q.device)
         grouped = q.shape[1] != k.shape[1]
-        kernel = _PLAIN if inside else _find_kernel(self.compiled)
-        # In a step that runs eagerly too: the scores of a long text would not fit.
-        stance = contextlib.nullcontext() if inside else torch.compiler.set_stance("default")
-        with stance, warnings.catch_warnings():
-            # Not to be compiled was asked for, or the whole model is.
-            warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-            mixed = kernel(q, k, v, block_mask=blocks, scale=self.shape.scale, enable_gqa=grouped)
+        if torch.compiler.is_compiling():
+            # With the whole model. Dynamo looks through caches, and breaks the graph at `catch_warnings`.
+            hides = causal or window is not None or mask is not None
+            blocks = _make_blocks(q.shape[2], k.shape[2], causal, window, q.device, mask) if hides else None
+            mixed = _PLAIN(q, k, v, block_mask=blocks, scale=self.shape.scale, enable_gqa=grouped)
+        else:
+            blocks = (
+                _find_blocks(q.shape[2], k.shape[2], causal, window, q.device)
+                if mask is None
+                else _make_blocks(q.shape[2], k.shape[2], causal, window, q.device, mask)
+            )
+            # In a step that runs eagerly too: the scores of a long text would not fit.
+            with torch.compiler.set_stance("default"), warnings.catch_warnings():
+                # Not to be compiled was asked for.
+                warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+                kernel = _find_kernel(self.compiled)
+                mixed = kernel(q, k, v, block_mask=blocks, scale=self.shape.scale, enable_gqa=grouped)
         assert isinstance(mixed, Tensor)  # it is a pair only where the log-sum-exp is asked for
         return mixed
 
