@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from apt.core.providers import FFNProvider, RouterProvider
+from apt.errors import UserError
 from apt_moe import dispatch
 from apt_moe.layer import FEW, MixtureOfExperts
 from apt_moe.provider import MoE, TopK
@@ -208,23 +209,6 @@ def test_evaluation_has_no_losses_and_reports_the_router_s_entropy() -> None:
     assert not any(metric.requires_grad for metric in part.metrics.values())
 
 
-def test_a_router_that_knows_no_mask_can_be_used_where_there_is_no_padding() -> None:
-    class Plain(TopK):
-        def route(  # type: ignore[override]
-            self, router: nn.Module, inputs: Tensor, train: bool = True
-        ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            return super().route(router, inputs, train)
-
-    layer, x = mixture(router=Plain()), torch.randn(1, 3, 16)
-    assert layer(x).output.shape == (1, 3, 16)
-    # Where nothing learns from its losses padding does not matter to it.
-    mask = torch.tensor([[True, True, False]])
-    with torch.no_grad():
-        assert torch.equal(layer(x, mask=mask).output, layer(x).output)
-    with pytest.raises(TypeError, match="mask"):
-        layer(x, mask=mask)
-
-
 @pytest.mark.parametrize("capacity", [None, 0.5])
 def test_in_bfloat16_everything_is_finite_and_close(capacity: float | None) -> None:
     layer = mixture(experts=4, capacity=capacity, router=TopK(init_std=1.0))
@@ -333,6 +317,34 @@ def test_the_router_may_be_a_third_party_s() -> None:
 
     part = mixture(experts=4, router=First(top_k=3))(torch.randn(1, 5, 16))
     torch.testing.assert_close(part.metrics["moe_load"], torch.tensor([1 / 3, 1 / 3, 1 / 3, 0]))
+
+
+def test_a_router_that_takes_no_mask_does_without_unless_padding_would_count_in_a_loss() -> None:
+    class Untold(TopK):
+        """As the contract's first form has it."""
+
+        def route(  # type: ignore[override]
+            self, router: nn.Module, inputs: Tensor, train: bool = True
+        ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            indices, weights, losses = super().route(router, inputs, train)
+            return indices, weights, losses if self.z_loss else {}
+
+    class Told(TopK):
+        """As a wrapper writes it."""
+
+        def route(self, router: nn.Module, inputs: Tensor, train: bool = True, **more: Tensor | None) -> object:  # type: ignore[override]
+            return super().route(router, inputs, train, **more)
+
+    x, mask = torch.randn(2, 6, 16), torch.arange(6).expand(2, 6) < 4
+    assert mixture(router=Untold())(x).losses
+    plain = mixture(router=Untold(z_loss=0))
+    assert plain(x, mask=mask).output[mask].equal(plain(x).output[mask])
+    with pytest.raises(UserError, match="padding, and it counts in balance_loss, z_loss, since route takes no mask"):
+        mixture(router=Untold())(x, mask=mask)
+    with torch.no_grad():  # nothing learns from its losses
+        assert mixture(router=Untold())(x, mask=mask).output.isfinite().all()
+    told = mixture(router=Told())
+    assert told(x, mask=mask).losses["z_loss"] == told(x[:, :4]).losses["z_loss"]
 
 
 ROUTERS: list[dict[str, object]] = [

@@ -334,6 +334,17 @@ def test_a_fault_of_a_router_is_found_by_the_check_that_is_made_for_it(
     assert failures("router", FaultyRouter, check, fault=fault, **options)
 
 
+class UntoldRouter(FaultyRouter):
+    """It cannot be told of padding."""
+
+    def route(self, router, inputs, train=True):
+        return super().route(router, inputs, train)
+
+
+def test_a_router_that_takes_no_mask_is_told_the_right_signature() -> None:
+    assert failures("router", UntoldRouter, "padding")
+
+
 class Pull(nn.Module):
     def __init__(self, d_model: int, alpha: float, beta: float, fault: str) -> None:
         super().__init__()

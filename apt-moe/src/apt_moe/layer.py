@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from apt.core.providers import RouterProvider
+from apt.errors import UserError
 from apt.layers import Part, as_part
 from apt_moe import dispatch, functional
 from apt_moe.experts import Backend, Experts, choose_backend
@@ -66,8 +67,8 @@ class MixtureOfExperts(nn.Module):
         self.backend = backend
         self.mesh: DeviceMesh | None = None
         """The ranks that share the experts out (`apt_moe.parallel.shard_experts`)."""
-        self.takes_mask = "mask" in inspect.signature(router_provider.route).parameters
-        """Whether the router can be told of padding; one that cannot does without where nothing learns from its losses."""
+        self.takes_mask = _takes_mask(router_provider)
+        """Whether the router can be told of padding; one that cannot does without where it has no losses."""
         self.takes_tokens = bool(getattr(router_provider, "takes_tokens", False))
         """Whether the router asks for the tokens' ids."""
         self.shared_scale = 1.0 if dense is None else 1 / (1 + len(shared))
@@ -95,11 +96,12 @@ class MixtureOfExperts(nn.Module):
         return self._mix(x, mask, tokens)
 
     def _mix(self, x: Tensor, mask: Tensor | None, tokens: Tensor | None) -> Part:
-        told = self.takes_mask or torch.is_grad_enabled() or self.router_provider.supports_expert_choice()
-        routed = {"mask": mask} if mask is not None and told else {}
+        routed = {"mask": mask} if mask is not None and self.takes_mask else {}
         if self.takes_tokens and tokens is not None:
             routed["tokens"] = tokens
         indices, weights, losses = self.router_provider.route(self.router, x, self.training, **routed)
+        if mask is not None and not self.takes_mask:
+            self._check_untold(losses)
         indices, weights = indices.flatten(0, 1), weights.flatten(0, 1)
         if self._is_writing(x, indices):
             experts = self.experts.few if x.device.type == "cpu" else self.experts.gathered
@@ -114,6 +116,17 @@ class MixtureOfExperts(nn.Module):
             for expert in self.shared:
                 output = output + as_part(expert(x, mask=mask)).output * self.shared_scale
         return Part(output, losses, metrics)
+
+    def _check_untold(self, losses: Mapping[str, Tensor]) -> None:
+        """Raise `UserError` where a router that was not told of padding has let it count."""
+        counting = "experts choose it" if self.router_provider.supports_expert_choice() else ""
+        if losses and torch.is_grad_enabled():
+            counting = f"it counts in {', '.join(sorted(losses))}"
+        if counting:
+            raise UserError(
+                f"router.{self.router_provider.get_name()}: there is padding, and {counting}, since route takes no mask; its "
+                "signature is route(router, inputs, train=True, mask=None)"
+            )
 
     def _is_writing(self, x: Tensor, indices: Tensor) -> bool:
         """Whether this is one more token of few texts, whose experts are run without sorting.
@@ -221,3 +234,8 @@ class MixtureOfExperts(nn.Module):
         if not self.training:
             metrics |= self.router_provider.observe(self.router, x, mask)
         return metrics
+
+
+def _takes_mask(provider: RouterProvider) -> bool:
+    parameters = inspect.signature(provider.route).parameters
+    return "mask" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())

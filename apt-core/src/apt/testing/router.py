@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 
@@ -88,6 +90,22 @@ def losses(subject: Subject) -> None:
     padded = x.masked_fill(~mask.unsqueeze(-1), 30.0)
     for name, loss in _route(provider, router, padded, True, mask)[2].items():
         demand_close(loss, right[name], f"the loss {name} with padding and without")
+
+
+@check("router")
+def padding(subject: Subject) -> None:
+    """It is told of padding, which changes no other token's experts and weights."""
+    provider, router, x = _parts(subject)
+    parameters = inspect.signature(provider.route).parameters
+    told = "mask" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    demand(told, "route takes no mask; its signature is route(router, inputs, train=True, mask=None)")
+    router.eval()
+    mask = torch.ones(3, 40, dtype=torch.bool)
+    mask[:, 30:] = False
+    right = _route(provider, router, x[:, :30], False)
+    padded = _route(provider, router, x.masked_fill(~mask.unsqueeze(-1), 30.0), False, mask)
+    demand(torch.equal(padded[0][:, :30], right[0]), "padding behind a text changes its experts")
+    demand_close(padded[1][:, :30], right[1], "the weights with padding and without")
 
 
 @check("router")
