@@ -13,10 +13,13 @@ from rich.console import Console
 
 from apt.cli import main
 from apt.core.config import APTConfig
+from apt.core.hooks import HookRunner
 from apt.errors import ProofOfUseError, SwitchError
-from apt.hookspecs import RunState
+from apt.hookspecs import Batch, RunState
+from apt.modeling.compose import ModelBuilder
 from apt.training.checkpoint import list_checkpoints
 from apt.training.journal import Journal
+from apt.training.loss import LossStep
 from apt.training.phases import Certificate
 from apt.training.record import read_metrics
 from apt.training.trainer import Trainer
@@ -33,6 +36,7 @@ data: {{source: files, path: "{text}"}}
 evaluation: {{max_batches: 1, sample_tokens: 0}}
 monitoring: {{plot: false}}
 """
+STATE = RunState(3, 1, 9, 9, ("align",))
 
 
 def changed(config: APTConfig, section: str, **values: object) -> APTConfig:
@@ -99,6 +103,54 @@ def test_micro_batches_are_one_large_batch_with_experts_that_drop_nothing(tiny: 
     )
     assert len(one) == 20
     assert other == [pytest.approx(each, rel=1e-5, abs=1e-6) for each in one]
+
+
+@pytest.mark.parametrize(
+    "align",
+    [{"provider": "rdrop"}, {"provider": "mean_teacher"}, *({"state": state} for state in ("dropout", "ema", "layer"))],
+    ids=str,
+)
+def test_micro_batches_of_unequally_many_targets_are_one_large_batch_with_alignment(
+    tiny: APTConfig, align: dict[str, object]
+) -> None:
+    tokens = torch.randint(3, 256, (8, 17), generator=torch.Generator().manual_seed(1))
+    counts = torch.tensor([16, 1, 12, 3, 8, 8, 0, 0]).unsqueeze(1)  # the last micro-batch has none
+    large = Batch(tokens[:, :-1], tokens[:, 1:], torch.arange(16) < counts)
+    config = tiny.model_copy(
+        update={
+            "align_name": str(align.get("provider", "bistate_default")),
+            "ffn_name": "swiglu",
+            "dropout": 0.1,  # refused without, and out of force below
+            "attention_dropout": 0.0,
+            "plugins": ("align",),
+            "schedules": {},
+            "options": {**tiny.options, "ffn": {}, "align": {k: v for k, v in align.items() if k != "provider"}},
+        }
+    )
+
+    def gradient(parts: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = ModelBuilder(config).build_model()
+        plugin = AlignPlugin()
+        plugin.apt_training_start(STATE, model, torch.optim.SGD(model.parameters()))
+        passes: list[object] = []
+        # In place of dropout, whose draws are others in smaller batches: the second pass differs.
+        model.norm.register_forward_hook(lambda *given: given[-1] * (1 + 0.1 * len(passes)))
+        model.register_forward_hook(lambda *_: passes.append(None))
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        step = LossStep(model, HookRunner({"align": plugin}), "fp32")
+        for piece in zip(*(each.chunk(parts) for each in (large.tokens, large.targets, large.mask)), strict=True):
+            passes.clear()
+            share = int(piece[2].sum()) / int(counts.sum())
+            torch.autograd.backward(step(STATE, Batch(*piece), weight=share, extra_weight=1 / parts)[0])
+        return {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+
+    one, many = gradient(1), gradient(4)
+    assert one.keys() == many.keys()
+    for name, grad in one.items():
+        torch.testing.assert_close(many[name], grad, rtol=0, atol=1e-6)
 
 
 def test_measuring_a_switch_changes_no_bit(tiny: APTConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

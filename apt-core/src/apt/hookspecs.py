@@ -127,7 +127,11 @@ class Hooks:
     def apt_loss_extra(
         self, state: RunState, model: nn.Module, batch: Batch, output: Output
     ) -> Mapping[str, Tensor] | None:
-        """Further losses of this micro-batch by name, already weighted; they are added to the loss."""
+        """Further losses of this micro-batch by name, already weighted, which are added to the loss.
+
+        Each is a mean over the targets that count (`batch.mask`), and has the micro-batch's share of them in the step's loss, so
+        that micro-batches and ranks are one large batch.
+        """
 
     @hookspec
     def apt_gradients_ready(self, state: RunState, model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from apt.modeling.model import Decoder
 
 
 class LossStep(nn.Module):
-    """(state, batch) -> the share of a micro-batch in the step's loss, and its losses by name, detached.
+    """(state, batch) -> the share of a micro-batch in the step's loss, and that of each loss by name, detached.
 
     The plugins' losses are computed in here too: they may call the model again.
     """
@@ -35,7 +35,9 @@ class LossStep(nn.Module):
     def forward(
         self, state: RunState, batch: Batch, *, weight: float, extra_weight: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """`weight` multiplies the mean cross entropy (0: no target counts), `extra_weight` the losses of parts and plugins."""
+        """`weight` multiplies the mean cross entropy (0: no target counts) and plugins' losses, means over the same targets;
+        `extra_weight` multiplies those of parts, which do not know of targets.
+        """
         with self.autocast(batch.tokens.device):
             output: Output = self.model(*batch.inputs)
             targets = batch.targets if batch.mask is None else batch.targets.masked_fill(~batch.mask, -100)
@@ -50,24 +52,23 @@ class LossStep(nn.Module):
                     loss = self._fused(output.logits, targets)
             else:
                 loss = mean_loss(output.logits, targets)
-            extra: dict[str, Tensor] = {}
+            shares = {"loss": loss * weight}
+            _add(output.losses, shares, extra_weight)
             hook = self.hooks.hook.apt_loss_extra
-            for losses in (output.losses, *hook(state=state, model=self.model, batch=batch, output=output)):
-                _add(losses, extra)
-        share = loss * weight
-        for more in extra.values():
-            share = share + more * extra_weight
-        return share, {"loss": loss.detach(), **{name: more.detach() for name, more in extra.items()}}
+            for losses in hook(state=state, model=self.model, batch=batch, output=output):
+                _add(losses, shares, weight)
+        first, *others = shares.values()
+        return sum(others, start=first), {name: each.detach() for name, each in shares.items()}
 
 
-def _add(losses: Mapping[str, Tensor], to: dict[str, Tensor]) -> None:
+def _add(losses: Mapping[str, Tensor], shares: dict[str, Tensor], weight: float) -> None:
     """Raises `PluginError` for what is no loss, and for one whose name is taken: it would stand for the other."""
     for name, loss in losses.items():
         if not isinstance(loss, Tensor) or loss.dim():
             raise PluginError(f"the added loss {name!r} is {_said(loss)}, not a tensor of one number")
-        if name == "loss" or name in to:
+        if name in shares:
             raise PluginError(f"two losses are called {name!r}; give what a part or plugin adds a name of its own")
-        to[name] = loss
+        shares[name] = loss * weight
 
 
 def _said(value: object) -> str:

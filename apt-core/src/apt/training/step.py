@@ -202,7 +202,7 @@ class Step:
                     state, batch, weight=count * self.ranks.size / total, extra_weight=1 / len(micro)
                 )
                 for name, value in told.items():
-                    part = value * (count / total if name == "loss" else 1 / (len(micro) * self.ranks.size))
+                    part = value / self.ranks.size
                     losses[name] = losses[name] + part if name in losses else part
                 torch.autograd.backward(share)
         return total
