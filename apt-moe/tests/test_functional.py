@@ -155,3 +155,9 @@ def test_both_losses_in_one_are_the_two_with_their_gradients(seed: int, tokens: 
             for a, b in (together, apart)
         ]
         torch.testing.assert_close(*grads)
+        firsts = [
+            torch.autograd.grad(weights[0] * a + weights[1] * b, logits, create_graph=True)[0]
+            for a, b in (together, apart)
+        ]
+        seconds = [torch.autograd.grad(first.square().sum(), logits, retain_graph=True)[0] for first in firsts]
+        torch.testing.assert_close(*seconds, rtol=1e-4, atol=1e-5)

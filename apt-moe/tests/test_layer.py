@@ -347,6 +347,39 @@ def test_a_router_that_takes_no_mask_does_without_unless_padding_would_count_in_
     assert told(x, mask=mask).losses["z_loss"] == told(x[:, :4]).losses["z_loss"]
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("backend", ["auto", "loop", "bmm", "grouped_mm"])
+@pytest.mark.parametrize("expert", ["swiglu", {"provider": "default", "bias": True}], ids=["swiglu", "with a bias"])
+def test_its_second_derivatives_and_what_torch_func_makes_of_it_are_the_reference_s(
+    backend: str, expert: object
+) -> None:
+    layers = []
+    for each in (backend, "naive"):
+        torch.manual_seed(0)
+        options = {"experts": 4, "backend": each, "expert": expert, "upcycle": False, "capacity": 0.9}
+        layers.append(MoE.model_validate(options).create_layer(16, 24))
+    made, right = layers
+    x = torch.randn(3, 2, 5, 16)
+
+    def second(layer: MixtureOfExperts) -> list[Tensor]:
+        inputs = x[0].clone().requires_grad_()
+        part = layer(inputs)
+        first = torch.autograd.grad(part.output.square().sum() + part.losses["z_loss"], inputs, create_graph=True)
+        return list(torch.autograd.grad(first[0].square().sum(), [inputs, *layer.parameters()]))
+
+    def each_text_s_gradient(layer: MixtureOfExperts) -> list[Tensor]:
+        def loss(weights: dict[str, Tensor], text: Tensor) -> Tensor:
+            part = torch.func.functional_call(layer, weights, (text,))
+            return part.output.square().sum() + part.losses["balance_loss"]
+
+        weights = dict(layer.named_parameters())
+        return list(torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x).values())
+
+    for results in (second, each_text_s_gradient):
+        for mine, other in zip(results(made), results(right), strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
 ROUTERS: list[dict[str, object]] = [
     {"provider": "topk_default", "top_k": 2, "z_loss": 0.1},
     {"provider": "topk_default", "top_k": 4},

@@ -184,7 +184,7 @@ class _Combine(torch.autograd.Function):
 
 def _scaled(rows: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
     """``rows[n] * weights[n]`` in `dtype`, [rows, width]."""
-    if rows.device.type == "cpu" or torch.compiler.is_compiling():
+    if rows.device.type == "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return (rows * weights.unsqueeze(1)).to(dtype)
     return torch.mul(
         rows, weights.unsqueeze(1), out=rows.new_empty(rows.shape, dtype=dtype)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from apt.layers.sharded import has_ranks
 
@@ -69,9 +68,11 @@ def balance_and_z_loss(logits: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]
     """`load_balance_loss` and `z_loss` of `logits` [tokens, experts] where every token counts and goes to `indices` [tokens, k].
 
     They are a matter of few numbers and many steps, each of which takes an accelerator's host longer than the device: so both
-    are one function with its gradient, of a third of the steps. On the CPU, compiled, and over ranks they are made by themselves.
+    are one function with its gradient, of a third of the steps. On the CPU, compiled, transformed, and over ranks they are made
+    by themselves.
     """
-    if logits.device.type == "cpu" or torch.compiler.is_compiling() or _num_ranks() > 1 or not logits.numel():
+    by_themselves = logits.device.type == "cpu" or torch.compiler.is_compiling() or is_transformed()
+    if by_themselves or _num_ranks() > 1 or not logits.numel():
         return load_balance_loss(logits, expert_mask(indices, logits.shape[-1])), z_loss(logits)
     balance, squares = _Losses.apply(logits.float(), indices)  # type: ignore[no-untyped-call]
     return balance, squares
@@ -85,13 +86,14 @@ class _Losses(torch.autograd.Function):
         probability, total = logs.exp(), logits[:, 0] - logs[:, 0]
         sent = expert_mask(indices, experts).sum(0)
         slope = sent * (experts / indices.numel() / tokens)
-        ctx.save_for_backward(probability, total, slope)
+        ctx.save_for_backward(probability, total, slope, logits)
         return (probability.sum(0) * slope).sum(), total.square().mean()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, of_balance: Tensor, of_squares: Tensor) -> tuple[Tensor, None]:
-        probability, total, slope = ctx.saved_tensors
+        probability, total, slope, logits = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a gradient is asked for that has a gradient itself
+            probability, total = logits.softmax(-1), logits.logsumexp(-1)
         slope = slope * of_balance
         rest = total * (of_squares * (2 / len(total))) - (probability * slope).sum(-1)
         return probability * (slope + rest.unsqueeze(-1)), None
@@ -116,7 +118,7 @@ def capacity(assignments: int, experts: int, top_k: int, factor: Tensor) -> Tens
 
 def expert_mask(indices: Tensor, num_experts: int, counted: Tensor | None = None) -> Tensor:
     """[tokens, experts], 1 where one of the token's `indices` [tokens, k] is the expert; 0 throughout for padding."""
-    mask = torch.zeros(len(indices), num_experts, device=indices.device).scatter_(1, indices, 1.0)
+    mask = indices.new_zeros(len(indices), num_experts, dtype=torch.float32).scatter_(1, indices, 1.0)
     return mask if counted is None else mask * counted.unsqueeze(1)
 
 
@@ -126,6 +128,11 @@ def over_ranks(counts: Tensor) -> Tensor:
         counts = counts.clone()
         torch.distributed.all_reduce(counts)
     return counts
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` runs (grad, vmap, jvp ...)."""
+    return not torch.compiler.is_compiling() and bool(torch._C._are_functorch_transforms_active())
 
 
 def _num_ranks() -> int:

@@ -135,6 +135,8 @@ class _Product(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         rows, weight, offsets = ctx.saved_tensors  # type: ignore[attr-defined]
         needs_rows, needs_weight, *_ = ctx.needs_input_grad  # type: ignore[attr-defined]
+        if _is_twice():
+            return *_twice(grad, rows, weight, offsets, needs_rows, needs_weight), None, None, None
         kernel, tail, grad = ctx.kernel, ctx.tail, grad.contiguous()  # type: ignore[attr-defined]
         return (
             _multiply(grad, weight, offsets, kernel, False, tail) if needs_rows else None,
@@ -143,6 +145,27 @@ class _Product(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _is_twice() -> bool:
+    """Whether a gradient is asked for that has a gradient itself (``create_graph=True``), which the kernels have not."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _twice(
+    grad: Tensor, rows: Tensor, weight: Tensor, offsets: Tensor, needs_rows: bool, needs_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The product's gradients to `rows` and `weight`, in steps that PyTorch knows the gradients of."""
+    matrices, spans = weight.unbind(0), list(_spans(offsets))
+    owned = spans[-1][2] if spans else 0
+    of_rows = [grad[start:end] @ matrices[expert] for expert, start, end in spans]
+    outer = {expert: grad[start:end].t() @ rows[start:end] for expert, start, end in spans}
+    return (
+        torch.cat([*of_rows, torch.zeros_like(rows[owned:])]) if needs_rows else None,
+        torch.stack([outer.get(expert, torch.zeros_like(each)) for expert, each in enumerate(matrices)])
+        if needs_weight
+        else None,
+    )
 
 
 class _Bias(torch.autograd.Function):
@@ -167,7 +190,10 @@ class _Bias(torch.autograd.Function):
         (offsets,) = ctx.saved_tensors  # type: ignore[attr-defined]
         _, needs_bias, *_ = ctx.needs_input_grad  # type: ignore[attr-defined]
         of_bias = None
-        if needs_bias:
+        if needs_bias and _is_twice():
+            sums = {expert: grad[start:end].sum(0) for expert, start, end in _spans(offsets)}
+            of_bias = torch.stack([sums.get(expert, grad.new_zeros(grad.shape[1])) for expert in range(len(offsets))])
+        elif needs_bias:
             ones = grad.new_ones(grad.shape[0], 16 // grad.element_size())  # the narrowest that the kernel takes
             summed = torch.ops.apt_moe.grouped_outer(grad.contiguous(), ones, offsets, ctx.kernel)  # type: ignore[attr-defined]
             of_bias = summed[..., 0].contiguous()
@@ -217,6 +243,8 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
     rows, weight, offsets = ctx.saved_tensors  # type: ignore[attr-defined]
     needs_rows, needs_weight, *_ = ctx.needs_input_grad  # type: ignore[attr-defined]
+    if _is_twice():
+        return *_twice(grad, rows, weight, offsets, needs_rows, needs_weight), None, None, None
     operators, kernel, tail = torch.ops.apt_moe, ctx.kernel, ctx.tail  # type: ignore[attr-defined]
     grad = grad.contiguous()
     return (

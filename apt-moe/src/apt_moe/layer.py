@@ -135,6 +135,7 @@ class MixtureOfExperts(nn.Module):
         """
         if (
             x.shape[1] != 1
+            or functional.is_transformed()
             or self.training
             or torch.is_grad_enabled()
             or self.backend != "auto"
@@ -156,11 +157,14 @@ class MixtureOfExperts(nn.Module):
         return dispatch.plan(indices, self.experts.num_experts, limit=limit, counted=counted, sent=sent)
 
     def _run(self, tokens: Tensor, indices: Tensor, weights: Tensor, plan: dispatch.Plan) -> Tensor:
-        """sum_e w_e f_e(x) for `tokens` [tokens, d_model]; `indices` and `weights` [tokens, k]."""
+        """sum_e w_e f_e(x) for `tokens` [tokens, d_model]; `indices` and `weights` [tokens, k].
+
+        Under the transforms of `torch.func`, which the kernels do not know, it is by the reference.
+        """
         backend = self.backend
         if backend == "auto":
             backend = choose_backend(tokens.device, self.experts.largest, self.experts.num_experts)
-        if backend == "naive":
+        if backend == "naive" or (functional.is_transformed() and self.mesh is None):
             kept = weights if plan.kept is None else weights * plan.kept.view_as(weights)
             shares = kept.new_zeros(len(tokens), self.experts.num_experts).scatter_add(1, indices, kept)
             return self.experts.every(tokens, shares)
@@ -180,7 +184,7 @@ class MixtureOfExperts(nn.Module):
         return dispatch.combine(rows, weights, plan, wanted)
 
     def _is_limited(self) -> bool:
-        """Whether a capacity is to be kept. In compiled code it always is, since infinity is no limit either.
+        """Whether a capacity is to be kept. In compiled code and under `torch.func` it always is: infinity is no limit either.
 
         Else the number is read, which waits for an accelerator; so there it is read again only after it was changed
         from infinity.
@@ -188,7 +192,7 @@ class MixtureOfExperts(nn.Module):
         if not self.training:
             return False
         factor = self.capacity_factor
-        if torch.compiler.is_compiling() or factor.is_meta or type(factor) is not Tensor:
+        if torch.compiler.is_compiling() or factor.is_meta or type(factor) is not Tensor or functional.is_transformed():
             return True
         if factor.device.type == "cpu":
             return math.isfinite(factor.item())
