@@ -145,7 +145,7 @@ class Journal:
         seen = {name: value.item() for name, value in self.ranks.sum(sums).items()}
         state = done.state
         used = self.utilisation.of(speed, state)
-        facts = {
+        facts: dict[str, object] = {
             "split": "train",
             **seen,
             "learning_rate": done.rate,
