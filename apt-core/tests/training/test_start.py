@@ -81,9 +81,11 @@ def test_a_run_that_was_never_pointed_to_goes_on_in_its_own_folder(
     out = tmp_path / "runs" / "one"
     train(profile_file, out)
     (out / "latest").unlink()
-    (out / ".step-000012.part").mkdir()
+    for step in (11, 12):
+        (out / f".step-0000{step}.part").mkdir()
     assert main(["train", "-p", str(profile_file), "--resume", str(out), "--set", "training.max_epochs=3"]) == 0
     assert [each.name for each in out.parent.iterdir()] == ["one"]
+    assert not [*out.glob(".*")]
     assert (out / "latest").read_text() == "step-000012\n"
 
 

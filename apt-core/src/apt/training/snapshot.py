@@ -47,6 +47,8 @@ T = TypeVar("T")
 
 WRITTEN = re.compile(r"step-\d{6,}(\.\d+)?")
 """What the folders of checkpoints are called."""
+UNFINISHED = ".part"
+"""How the name of one ends that is being written; it is hidden, too."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def write_snapshot(run: Path, snapshot: Snapshot, ranks: Ranks = ALONE) -> Path:
     taken = [path for path in run.glob(f"{name}*") if WRITTEN.fullmatch(path.name) and path.is_dir()]
     names = itertools.chain([name], (f"{name}.{number}" for number in itertools.count(2)))
     folder = next(run / each for each in names if run / each not in taken)
-    temporary = run / f".{folder.name}.part"
+    temporary = run / f".{folder.name}{UNFINISHED}"
     needed = snapshot.num_bytes(ranks)
 
     def write() -> None:
@@ -223,6 +225,12 @@ def _require_room(folder: Path, needed: int) -> None:
 def _writer(path: Path) -> int:
     """The rank that wrote a file: those of parts are numbered from 1 on."""
     return int(path.name.split("-")[1]) - 1 if path.parent.suffix == PARTS else 0
+
+
+def clear_unfinished(run: Path) -> None:
+    """Remove what a run that was killed in mid-write left behind; nobody writes now."""
+    for folder in run.glob(f".step-*{UNFINISHED}"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def point(run: Path, pointer: str, folder: Path) -> None:

@@ -40,7 +40,7 @@ from apt.training.checkpoint import (
     verify,
 )
 from apt.training.record import METRICS, RECORD
-from apt.training.snapshot import point
+from apt.training.snapshot import clear_unfinished, point
 from apt.training.tensors import model_tensors, saved_shapes
 
 ASIDE = "set-aside"
@@ -148,8 +148,9 @@ class Start:
         """Let `latest` name the checkpoint that a run goes on from, and set later ones aside; what was done, in words.
 
         A run has one past: without this, `--resume auto` and going back after a number that is not finite would take up the
-        checkpoints of a course that was left.
+        checkpoints of a course that was left. What a kill left unfinished goes.
         """
+        clear_unfinished(out)
         if self._own is None:
             return []
         folder = self._own.resolve()
