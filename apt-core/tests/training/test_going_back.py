@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -205,6 +206,41 @@ def test_an_epoch_of_the_text_s_own_begins_with_a_pass(profile_file: Path) -> No
         starts = [first_batch(each, 5, steps) for steps in range(9)]
         for index in range(starts[-1] + 1):
             assert starts[steps_before(each, 5, index)] == min(start for start in starts if start >= index)
+
+
+class Forgets(Plugin):
+    """Is asked to stop after the first step that it sees, and lets go of what it knows at the end."""
+
+    api_level: ClassVar[int] = 1
+    _seen: list[int] = PrivateAttr(default_factory=list)
+
+    @hookimpl
+    def apt_step_end(self, state: RunState) -> None:
+        self._seen.append(state.step)
+        signal.raise_signal(signal.SIGTERM)
+
+    @hookimpl
+    def apt_training_end(self) -> None:
+        self._seen.clear()
+
+    @hookimpl
+    def apt_checkpoint_save(self) -> dict[str, Any]:
+        return {"seen": [*self._seen]}
+
+
+def test_a_branch_that_is_stopped_at_once_saves_what_its_plugins_know_and_draws_nothing(
+    profile_file: Path, tmp_path: Path
+) -> None:
+    quiet, trunk = Console(file=io.StringIO()), tmp_path / "trunk" / "step-000004"
+    Trainer(load_profile(profile_file).config, tmp_path / "trunk", console=quiet).fit()
+    registry = Registry(discover)
+    registry.register("plugin", "forgets", Forgets)
+    sets = ["plugins=[forgets]", "monitoring={plot: true, log_every: 100}"]
+    loaded = load_profile(profile_file, sets=sets, registry=registry)
+    result = Trainer(loaded.config, tmp_path / "run", resolved=loaded.resolved, console=quiet, branch=trunk).fit()
+    assert (result.interrupted, result.state.step, result.plot) == (True, 5, None)
+    assert read_saved(find_checkpoint(tmp_path / "run"))["hooks"] == {"forgets": {"seen": [5]}}
+    assert (tmp_path / "run" / "README.md").is_file()
 
 
 def test_a_stop_is_agreed_on_between_the_steps_alone(profile_file: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from apt.core.providers import Tokenizer
 from apt.core.resolve import Resolved, resolve_config
 from apt.core.schedules import list_unfinished
 from apt.data.batches import windows
-from apt.errors import AptError, CheckpointError, NotFiniteError
+from apt.errors import AptError, CheckpointError, NotFiniteError, UserError
 from apt.hookspecs import RunState
 from apt.modeling.compose import ModelBuilder
 from apt.modeling.model import Decoder
@@ -322,10 +322,11 @@ class Trainer:
                 self._take_step()
                 # Agreed on here and nowhere else, so that no rank is a step ahead of another.
                 self._stop = self.ranks.any(self._asked)
+            # While plugins have what they are asked for: at the end they may let go of it.
+            if self._stop and self.between.saved_at != self.state.step:
+                self.between.save(self.state, self.left_out)
         finally:
             hook.apt_training_end(state=self.state, model=model)
-        if self._stop and self.between.saved_at != self.state.step:
-            self.between.save(self.state, self.left_out)
 
     def _take_step(self) -> None:
         """A step, and what follows it; or, where a number was not finite, what the profile says."""
@@ -418,7 +419,9 @@ class Trainer:
             self.journal.line(f"stopped at step {self.state.step}; saved in {self.out}; go on with: {self._command()}")
         picture, scored = None, self.between.scored
         if self.ranks.is_main:
-            picture = plot_run(self.out) if self.config.monitoring.plot else None
+            if self.config.monitoring.plot:
+                with contextlib.suppress(UserError):  # a run that was stopped early has nothing to draw yet
+                    picture = plot_run(self.out)
             results: dict[str, object] = {"steps": self.state.step}
             if scored.num_tokens:  # what was stopped may not have come to it
                 results["held-out loss (nats a token)"] = f"{scored.loss:.4f}"
