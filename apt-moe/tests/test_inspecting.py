@@ -115,3 +115,10 @@ def test_the_view_shows_the_text_and_each_expert_s_load(
     file.write_text("")
     with pytest.raises(UserError, match="is empty"):
         inspecting.inspect_run(tmp_path, file, **asked)
+
+
+def test_a_token_that_no_expert_chose_is_no_expert_s() -> None:
+    indices = torch.arange(3).expand(2, 3)
+    routing = inspecting.Routing("ffn", 3, indices, torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.1, 0.4]]))
+    assert routing.first == [None, 2]
+    assert routing.load == [0.0, 0.5, 0.5]

@@ -45,9 +45,13 @@ class Routing:
     weights: Tensor
 
     @property
-    def first(self) -> list[int]:
-        """The expert with the largest weight, for each token."""
-        return self.indices.gather(1, self.weights.argmax(1, keepdim=True)).squeeze(1).tolist()
+    def first(self) -> list[int | None]:
+        """The expert with the largest weight, for each token; None where no expert chose it."""
+        largest, place = self.weights.max(1, keepdim=True)
+        experts = self.indices.gather(1, place).flatten().tolist()
+        return [
+            expert if chosen else None for expert, chosen in zip(experts, (largest > 0).flatten().tolist(), strict=True)
+        ]
 
     @property
     def load(self) -> list[float]:
@@ -165,9 +169,10 @@ def inspect_run(
         if length > chars:
             coloured.append(" ...")
             break
-        coloured.append(piece, style=_style(expert))
+        coloured.append(piece, style="dim" if expert is None else _style(expert))
     where = f"encoder block {chosen}" if isinstance(run.model, Encoding) else f"block {chosen}"
-    console.print(f"{where}: each token in the colour of the expert that weighs most", highlight=False)
+    unserved = "; dim: no expert chose it" if None in routing.first else ""
+    console.print(f"{where}: each token in the colour of the expert that weighs most{unserved}", highlight=False)
     console.print(coloured)
     table = Table("expert", "load", "most typical tokens (share of their occurrences that go there, occurrences)")
     for expert, share in enumerate(routing.load):
