@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from apt.core.config import APTConfig
+from apt.core.resolve import resolve_config
 from apt.errors import ProfileError
 from apt.hookspecs import RunState
 from apt.layers import Output
@@ -162,6 +163,14 @@ def test_the_plugin_without_a_mixture_is_refused() -> None:
         MoEPlugin().apt_config_resolved(dense)
 
 
+def test_a_router_that_the_plugin_balances_is_refused_without_it() -> None:
+    options = {"upcycle": False, "router": "sigmoid_bias"}
+    alone = CONFIG.model_copy(update={"plugins": (), "options": {"ffn": options}, "schedules": {}})
+    with pytest.raises(ProfileError, match=r"model.ffn.router: router.sigmoid_bias works through the plugin 'moe'"):
+        resolve_config(alone)
+    resolve_config(alone.model_copy(update={"plugins": ("moe",)}))
+
+
 def test_what_training_dropped_is_told_at_the_next_evaluation_and_then_forgotten() -> None:
     plugin = MoEPlugin()
     for dropped in (0.1, 0.3):
@@ -171,5 +180,9 @@ def test_what_training_dropped_is_told_at_the_next_evaluation_and_then_forgotten
     plugin.apt_evaluation_end(metrics)
     assert metrics == {"moe_dropped_in_training": pytest.approx(0.2)}
     again: dict[str, float] = {}
+    plugin.apt_evaluation_end(again)
+    assert not again
+    plugin.apt_loss_extra(output)
+    plugin.apt_training_start(RunState(0, 0, 1, 1))  # of another run, with the same plugin
     plugin.apt_evaluation_end(again)
     assert not again

@@ -69,6 +69,11 @@ class MoEPlugin(Plugin):
             raise ProfileError(faults)
 
     @hookimpl
+    def apt_training_start(self, state: RunState) -> None:
+        """Forget what a run before this one dropped: a process may train one model after another with the same plugin."""
+        self._dropped, self._micro_batches = None, 0
+
+    @hookimpl
     def apt_phase_changed(self, state: RunState, plugin: str, model: nn.Module, optimizer: Optimizer) -> None:
         """Make every expert the dense layer, in its weights and in the optimizer's memory of them."""
         from apt_moe.layer import MixtureOfExperts

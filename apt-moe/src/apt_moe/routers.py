@@ -171,13 +171,14 @@ class SigmoidBias(RouterProvider):
     """Balance without an auxiliary loss: s = sigmoid(W x / T); the k largest of s + b are chosen, w = s_chosen / sum.
 
     After each optimizer step b_e += u (sign(mean load - load_e) - the mean of these signs), so b picks and s weighs.
-    The plugin `moe` takes this step; without it b stays 0.
+    The plugin `moe` takes this step, so it must be listed.
 
     Wang et al. 2024, arXiv:2408.15664; DeepSeek-V3, arXiv:2412.19437.
     """
 
     api_level: ClassVar[int] = 1
     scheduled: ClassVar[Mapping[str, str]] = {"route_temp": "temperature"}
+    needs_plugin: ClassVar[str | None] = "moe"
 
     bias_rate: float = Field(default=0.001, gt=0, description="how far b moves in one step")
     route_scale: float = Field(default=1.0, gt=0, description="multiplies the weights; they sum to it")

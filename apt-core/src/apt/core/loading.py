@@ -30,6 +30,7 @@ DECLARED: dict[str, TypeAdapter[object]] = {
     "scheduled": TypeAdapter(dict[str, str]),
     "losses": TypeAdapter(dict[str, str]),
     "switched_by": TypeAdapter(str | None),
+    "needs_plugin": TypeAdapter(str | None),
 }
 """What a class declares beside its options, and of which type it has to be."""
 

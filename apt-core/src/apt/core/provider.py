@@ -55,6 +55,8 @@ class Provider(BaseModel, ABC):
     that finds one outside warns, once a run."""
     switched_by: ClassVar[str | None] = None
     """The plugin whose switch governs its parts: until that plugin is on they are inert."""
+    needs_plugin: ClassVar[str | None] = None
+    """The plugin without whose hooks it does not do what it says; a profile that names it and does not list that is refused."""
 
     _record: ProviderRecord | None = PrivateAttr(default=None)
 

@@ -148,6 +148,7 @@ class _Resolver:
         scheduled = {value: each[0].provider for value, each in offers.items()}
         if whole:
             self._check_sizes(providers)
+            self._check_company()
         self._check_exclusions()
         self._check_schedules(scheduled)
         self._check_one_meaning(offers)
@@ -253,6 +254,15 @@ class _Resolver:
         except Exception as error:  # noqa: BLE001  a package can raise anything, and its name is told
             what = f"{who}: get_parameter_count failed: {type(error).__name__}: {error}"
             self.faults.append(Fault(where, what))
+
+    def _check_company(self) -> None:
+        """Whether the plugins are listed that providers do nothing without."""
+        listed = self.config.plugins
+        for each in self.resolutions:
+            needed = each.provider.needs_plugin
+            if needed is not None and needed not in listed:
+                what = f"{each.kind}.{each.used} works through the plugin {needed!r}, which the profile does not list"
+                self.faults.append(Fault(each.where, what, f"add it: plugins: [{', '.join((*listed, needed))}]"))
 
     def _check_exclusions(self) -> None:
         used = [self.registry.used(resolution.where, resolution.provider) for resolution in self.resolutions]
