@@ -70,6 +70,19 @@ def test_a_template_is_run_with_the_special_tokens_and_without_reach() -> None:
         render(ByteTokenizer(), [])
 
 
+def test_a_template_may_mark_the_assistants_words_and_say_how_json_is_written() -> None:
+    marked = "{% for m in messages %}<{% generation %}{{ m.content }}{% endgeneration %}>{% endfor %}"
+    assert render(Talker(), [{"role": "assistant", "content": "hi"}], marked) == "<hi>"
+    written = "{{ {'b': 'é', 'a': 1} | tojson(sort_keys=true, ensure_ascii=true, separators=(',', ':')) }}"
+    assert render(Talker(), [], written) == '{"a":1,"b":"\\u00e9"}'
+
+
+@pytest.mark.parametrize("template", ["{{ 1 + 'a' }}", "{{ 1 // 0 }}", "{{ messages[9].x }}"])
+def test_what_goes_wrong_in_a_template_is_told_as_its_fault(template: str) -> None:
+    with pytest.raises(UserError, match="the chat template refuses this conversation: "):
+        render(Talker(), [], template)
+
+
 def test_what_was_read_in_one_turn_is_not_read_again_in_the_next(
     model: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,8 +89,10 @@ class PretrainedTokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """The Jinja text that turns a conversation into a prompt."""
+        """The Jinja text that turns a conversation into a prompt; of several, which have names, the default."""
         template = self.settings.get("chat_template")
+        if isinstance(template, list):
+            template = {each["name"]: each["template"] for each in template}.get("default")
         return template if isinstance(template, str) else None
 
     def encode(self, text: str) -> Sequence[int]:

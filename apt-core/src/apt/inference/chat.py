@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Generator, Mapping, Sequence
-from typing import Literal, Protocol, TypedDict, runtime_checkable
+from typing import Any, Literal, Protocol, TypedDict, runtime_checkable
 
 import torch
 
@@ -55,8 +55,9 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], template: str | No
             "which goes on from a text"
         )
     try:
-        from jinja2 import TemplateError
-        from jinja2.ext import loopcontrols
+        from jinja2 import TemplateError, nodes
+        from jinja2.ext import Extension, loopcontrols
+        from jinja2.parser import Parser
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as error:
         raise UserError("chat templates are read by jinja2: pip install 'apt-core[chat]'") from error
@@ -64,17 +65,33 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], template: str | No
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
-    def to_json(value: object, indent: int | None = None) -> str:
-        # Jinja's own filter escapes < and >, which would change the prompt.
-        return json.dumps(value, ensure_ascii=False, indent=indent)
+    class Generation(Extension):
+        """What stands between `generation` and `endgeneration` is the assistant's: a mark for training, and no text."""
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+    def to_json(value: object, ensure_ascii: bool = False, **how: Any) -> str:
+        # Jinja's own filter escapes < and >, which would change the prompt.
+        return json.dumps(value, ensure_ascii=ensure_ascii, **how)
+
+    extensions = [loopcontrols, Generation]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = to_json
     environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
     words = {key: _word(value) for key, value in settings.items() if key.endswith("_token")}
     try:
         return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **words)
-    except TemplateError as error:
+    except (
+        TemplateError,
+        ArithmeticError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:  # it is code, and may err like any
         raise UserError(f"the chat template refuses this conversation: {error}") from error
 
 
