@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -217,3 +218,35 @@ def test_a_model_that_transformers_has_not_is_explained(
     assert "model.norm: LlamaForCausalLM has rmsnorm, this model layernorm" in said
     assert "model.ffn: LlamaForCausalLM has swiglu, this model default" in said
     assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("asked", ["flash_v2", "flex"])
+def test_attention_with_the_weights_of_sdpa_is_exported_as_it_is(trained: Path, tmp_path: Path, asked: str) -> None:
+    run = loaded(trained)
+    options = {**run.config.options["attention"], **({"compiled": False} if asked == "flex" else {})}
+    changed = {"attention_name": asked, "options": {**run.config.options, "attention": options}}
+    run = replace(run, config=run.config.model_copy(update=changed))
+    export_hf(run, tmp_path / "fallback")  # the profile asks for it, and sdpa stood in
+    assert (tmp_path / "fallback" / "model.safetensors").is_file()
+    assert LlamaShape.from_config(run.config).num_kv_heads == 2
+
+
+def test_tensors_of_other_sizes_and_another_tokenizer_are_told_as_faults_of_the_folder(
+    exported: Path, tmp_path: Path
+) -> None:
+    folder = copy(exported, tmp_path / "narrow", intermediate_size=30)
+    with pytest.raises(UserError, match=r"ffn\.up\.weight is \[48, 16\] in its tensors, and \[60, 16\] by its config"):
+        import_model("hf", folder, tmp_path / "a")
+    folder = copy(exported, tmp_path / "odd")
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer\.json: is no file of the tokenizers library"):
+        import_model("hf", folder, tmp_path / "b")
+
+
+def test_of_several_chat_templates_the_default_is_taken(exported: Path, tmp_path: Path) -> None:
+    folder = copy(exported, tmp_path / "hf")
+    path = folder / "tokenizer_config.json"
+    several = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "usual"}]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": several}))
+    run = loaded(import_model("hf", folder, tmp_path / "run"))
+    assert run.tokenizer.chat_template == "usual"  # type: ignore[attr-defined]

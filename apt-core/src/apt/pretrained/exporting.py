@@ -22,8 +22,10 @@ def export_hf(run: LoadedRun, out: Path) -> list[str]:
     """
     provider = run.resolved.providers["tokenizer"]
     assert isinstance(provider, TokenizerProvider)
+    # What the model is made of, were it a fallback.
+    config = run.config.model_copy(update={"attention_name": run.resolved.providers["attention"].get_name()})
     try:
-        shape = LlamaShape.from_config(run.config, provider.get_stop_ids())
+        shape = LlamaShape.from_config(config, provider.get_stop_ids())
     except FaultsError as error:
         reasons = "\n".join(f"  {fault}" for fault in error.faults)
         raise UserError(
@@ -36,9 +38,9 @@ def export_hf(run: LoadedRun, out: Path) -> list[str]:
     notes = []
     if run.model.aligner is not None:
         notes.append("the aligner is left out: it takes part in training alone")
-    config = shape.to_hf()
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    theirs = shape.to_hf()
+    (out / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
+    ids = {key: theirs[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     # The start of another text ends one, too.
     ids["eos_token_id"] = [*shape.eos, *sorted(run.special.stop - {*shape.eos})]
     (out / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")

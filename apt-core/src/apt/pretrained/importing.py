@@ -59,6 +59,11 @@ def import_model(
         if left:
             raise UserError(f"{path}: has tensors that this model has no place for: {', '.join(left[:8])}")
         model = ModelBuilder(profile.config, resolved=profile.resolved).build_model()
+        expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+        for name, weight in weights.items():
+            if expected.get(name, tuple(weight.shape)) != tuple(weight.shape):
+                what = f"is {list(weight.shape)} in its tensors, and {list(expected[name])} by its configuration"
+                raise UserError(f"{path}: {name} {what}")
         missing, unexpected = model.load_state_dict(weights, strict=False)
         if unexpected or set(missing) - {"head.weight"}:
             raise UserError(f"{path}: does not fit the profile's model: {sorted({*missing, *unexpected})}")

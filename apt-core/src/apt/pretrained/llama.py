@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 FAMILY = ("llama", "mistral", "qwen2")
 """Values of config.json's model_type whose models have this shape; qwen2 has biases on queries, keys and values."""
 
+SAME = ("sdpa", "flex", "flash_v2")
+"""Attentions that are one mathematics with the same weights; only flex has an option of its own, `compiled`."""
+
 
 @dataclass(frozen=True)
 class LlamaShape:
@@ -180,11 +183,11 @@ class LlamaShape:
 
         need("architecture", config.architecture, "decoder")
         need("norm", config.norm, "rmsnorm")
-        need("attention", config.attention_name, "sdpa")
+        if config.attention_name not in SAME:
+            need("attention", config.attention_name, "sdpa")
         need("ffn", config.ffn_name, "swiglu")
-        options = SDPA.model_validate(
-            config.get_provider_config("attention") if config.attention_name == "sdpa" else {}
-        )
+        given = config.get_provider_config("attention") if config.attention_name in SAME else {}
+        options = SDPA.model_validate({key: value for key, value in given.items() if key != "compiled"})
         need("attention.positions", options.positions, "rope")
         need("attention.window", options.window, None)
         need("attention.qk_norm", options.qk_norm, False)

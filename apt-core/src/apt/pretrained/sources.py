@@ -84,7 +84,11 @@ def _shards(path: Path) -> dict[str, str]:
 def _tokenizer(path: Path) -> PretrainedTokenizer:
     from tokenizers import Tokenizer
 
-    return PretrainedTokenizer(Tokenizer.from_file(str(path / FILE)), read_settings(path))
+    try:
+        trained = Tokenizer.from_file(str(path / FILE))
+    except Exception as error:  # the library has no kind for it
+        raise UserError(f"{path / FILE}: is no file of the tokenizers library: {error}") from error
+    return PretrainedTokenizer(trained, read_settings(path))
 
 
 def _read(path: Path) -> Mapping[str, Any]:
