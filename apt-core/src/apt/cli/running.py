@@ -363,8 +363,9 @@ def _generate(arguments: argparse.Namespace) -> int:
             )
         if result.left_out:
             room = run.model.max_seq_len
+            end = "last" if run.config.architecture == "encoder_decoder" else "first"  # of a source the start is read
             print(
-                f"{which}the first {result.left_out} tokens did not fit in the model's context of {room}",
+                f"{which}the {end} {result.left_out} tokens did not fit in the model's context of {room}",
                 file=sys.stderr,
             )
     return 0

@@ -35,7 +35,7 @@ class Generation:
     tokens: tuple[int, ...]
     sources: tuple[str, ...] = ()
     left_out: int = 0
-    """Tokens at the prompt's start that the context had no room for."""
+    """Tokens at the prompt's start, or at a source's end, that the context had no room for."""
 
 
 @dataclass
