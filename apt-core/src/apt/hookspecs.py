@@ -153,7 +153,8 @@ class Hooks:
     def apt_checkpoint_save(self, state: RunState) -> Mapping[str, object] | None:
         """What this plugin wants to find again after a resume: JSON values and tensors.
 
-        Tensors named ``weights.<name>.<parameter>`` are other weights of the model, which ``--weights <name>`` uses.
+        Tensors named ``weights.<name>.<parameter>`` are other weights of the model, which ``--weights <name>`` uses. They are
+        split over ranks as the parameter is, and come back so.
         """
 
     @hookspec

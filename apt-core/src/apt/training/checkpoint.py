@@ -30,11 +30,7 @@ from apt.modeling.compose import ModelBuilder
 from apt.modeling.model import Decoder
 from apt.modeling.parts import set_active
 from apt.training.randoms import find_state
-from apt.training.tensors import (
-    model_tensors,
-    read_into,
-    saved_shapes,
-)
+from apt.training.tensors import model_tensors, read_all, read_into, saved_shapes
 
 T = TypeVar("T")
 
@@ -45,6 +41,8 @@ PROFILE, WEIGHTS, OPTIMIZER, EXTRA, STATE = (
     "extra.safetensors",
     "state.json",
 )
+HOOKS = "hooks."
+"""What the names of tensors begin with that a plugin saves, before its own name and a slash."""
 OTHERS = "weights."
 """What the names of tensors begin with that a plugin saves as other weights of the model: see `apt.training.weights`."""
 MANIFEST, LATEST, BEST = "manifest.json", "latest", "best"
@@ -300,7 +298,7 @@ def restore(
     if fresh and names is None and saved["corpus"] != IMPORTED:
         raise CheckpointError(f"{folder}: holds no memory of the optimizer for {_listed(fresh)}")
     read_into(path, wanted)
-    return read_state(saved), _joined(saved["hooks"], load_file(folder / EXTRA), names or {}), fresh
+    return read_state(saved), _read_hooks(folder, saved["hooks"], model, names or {}), fresh
 
 
 def restore_random(folder: Path, rank: int = 0) -> bool:
@@ -320,21 +318,33 @@ def _listed(words: Iterable[str], most: int = 5) -> str:
     return ", ".join(ordered[:most]) + (f" and {len(ordered) - most} more" if len(ordered) > most else "")
 
 
-def _joined(
-    plain: Mapping[str, dict[str, object]], tensors: Mapping[str, Tensor], names: Mapping[str, str]
+def _read_hooks(
+    folder: Path, plain: Mapping[str, dict[str, object]], model: nn.Module, names: Mapping[str, str]
 ) -> dict[str, dict[str, object]]:
-    """What plugins saved; other weights of the model (`apt.training.weights`) by the names that it has now."""
+    """What plugins saved; other weights of the model (`apt.training.weights`) by the names that it has now, split as they are."""
+    own = dict(model.named_parameters())
     now = {saved: name for name, saved in names.items() if saved}
+    others = {key: (kind, now.get(saved, saved)) for key, kind, saved in list_others(saved_shapes(folder / EXTRA))}
+    like = {key: own[parameter] for key, (_, parameter) in others.items() if parameter in own}
     hooks = {plugin: dict(values) for plugin, values in plain.items()}
-    for name, tensor in tensors.items():
-        if name.startswith("hooks."):
-            plugin, _, key = name.removeprefix("hooks.").partition("/")
-            if key.startswith(OTHERS):
-                kind, _, parameter = key.removeprefix(OTHERS).partition(".")
-                key = f"{OTHERS}{kind}.{now.get(parameter, parameter)}"
-            # In the file tensors stand where they stand; products of what is not aligned differ in the last bit.
-            hooks.setdefault(plugin, {})[key] = tensor.clone()
+    for key, tensor in read_all(folder / EXTRA, like).items():
+        if key.startswith(HOOKS):
+            plugin, _, name = key.removeprefix(HOOKS).partition("/")
+            if key in others:
+                name = OTHERS + ".".join(others[key])
+            hooks.setdefault(plugin, {})[name] = tensor
     return hooks
+
+
+def list_others(keys: Iterable[str]) -> list[tuple[str, str, str]]:
+    """The keys in `EXTRA` of other weights that plugins saved, each with the name of the set and that of the parameter."""
+    found = []
+    for key in keys:
+        _, _, saved = key.removeprefix(HOOKS).partition("/")
+        if key.startswith(HOOKS) and saved.startswith(OTHERS):
+            kind, _, parameter = saved.removeprefix(OTHERS).partition(".")
+            found.append((key, kind, parameter))
+    return found
 
 
 def digest_of(path: Path) -> str:

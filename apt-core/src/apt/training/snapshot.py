@@ -30,7 +30,18 @@ from apt.core.resolve import Resolved
 from apt.errors import CheckpointError, PluginError
 from apt.hookspecs import RunState
 from apt.layers.sharded import local
-from apt.training.checkpoint import EXTRA, FORMAT, LATEST, MANIFEST, OPTIMIZER, PROFILE, STATE, WEIGHTS, digest_of
+from apt.training.checkpoint import (
+    EXTRA,
+    FORMAT,
+    HOOKS,
+    LATEST,
+    MANIFEST,
+    OPTIMIZER,
+    PROFILE,
+    STATE,
+    WEIGHTS,
+    digest_of,
+)
 from apt.training.randoms import RandomState, name_tensors
 from apt.training.ranks import ALONE, Ranks
 from apt.training.tensors import (
@@ -112,8 +123,8 @@ def take_snapshot(
     texts |= local_code(resolved)
     if copy:
         weights, moments, extra = copied(weights), copied(moments), copied(extra)
-    whole, parts = {EXTRA: extra}, {}
-    for file, tensors in ((WEIGHTS, weights), (OPTIMIZER, moments)):
+    whole, parts = {}, {}
+    for file, tensors in ((WEIGHTS, weights), (OPTIMIZER, moments), (EXTRA, extra)):
         whole[file], split = split_apart(tensors)
         if split:
             parts[file] = split
@@ -250,7 +261,7 @@ def _split(hooks: Mapping[str, Mapping[str, object]]) -> tuple[dict[str, dict[st
         plain[plugin] = {}
         for key, value in values.items():
             if isinstance(value, Tensor):
-                tensors[f"hooks.{plugin}/{key}"] = value.detach().clone()
+                tensors[f"{HOOKS}{plugin}/{key}"] = value.detach().clone()
             else:
                 plain[plugin][key] = value
         try:

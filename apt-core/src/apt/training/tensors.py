@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -78,12 +78,39 @@ def saved_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """The whole shape of every tensor that `path` and the folder beside it hold."""
     with safe_open(path, framework="pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    if path.with_suffix(PARTS).is_dir():
-        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    return shapes | {name: tuple(each.shape) for name, each in _split_forms(path).items()}
 
-        metadata = HuggingFaceStorageReader(str(path.with_suffix(PARTS))).read_metadata()
-        shapes |= {name: tuple(each.size) for name, each in metadata.state_dict_metadata.items()}  # type: ignore[union-attr]
-    return shapes
+
+@torch.no_grad()
+def read_all(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All that was saved: split and placed as the tensor of that name and shape in `like`, else whole and on the CPU.
+
+    It is read into memory of its own: in the file tensors stand where they stand, and products of what is not aligned differ in
+    the last bit.
+    """
+    targets = {}
+    for name, form in (load_file(path) | _split_forms(path)).items():
+        place = like.get(name)
+        if place is not None and place.shape == form.shape:
+            targets[name] = torch.empty_like(place, dtype=form.dtype)
+        else:
+            targets[name] = torch.empty_like(form, device="cpu")
+    read_into(path, targets)
+    return targets
+
+
+def _split_forms(path: Path) -> dict[str, Tensor]:
+    """Shape and type of every tensor that the folder beside `path` holds, as tensors without values."""
+    folder = path.with_suffix(PARTS)
+    if not folder.is_dir():
+        return {}
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {
+        name: torch.empty(each.size, dtype=each.properties.dtype, device="meta")  # type: ignore[union-attr]
+        for name, each in found.items()
+    }
 
 
 @torch.no_grad()

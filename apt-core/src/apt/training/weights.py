@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
 from torch import nn
 
 from apt.errors import CheckpointError
-from apt.training.checkpoint import EXTRA, OTHERS
+from apt.training.checkpoint import EXTRA, list_others
+from apt.training.tensors import read_into, saved_shapes
 
 TRAINED = "trained"
 """The name of the weights that the optimizer moved."""
@@ -21,10 +20,9 @@ TRAINED = "trained"
 
 def list_weights(folder: Path) -> list[str]:
     """The names of the sets that a checkpoint holds, `TRAINED` first."""
-    return [TRAINED, *sorted({name for name, _, _ in _keys(folder)} - {TRAINED})]
+    return [TRAINED, *sorted({name for _, name, _ in list_others(saved_shapes(folder / EXTRA))} - {TRAINED})]
 
 
-@torch.no_grad()
 def use_weights(folder: Path, model: nn.Module, name: str) -> None:
     """Put a set of a checkpoint's weights into the model that was loaded from it.
 
@@ -32,27 +30,15 @@ def use_weights(folder: Path, model: nn.Module, name: str) -> None:
     """
     if name == TRAINED:
         return
-    chosen = [(parameter, key) for each, parameter, key in _keys(folder) if each == name]
+    path = folder / EXTRA
+    shapes = saved_shapes(path)
+    chosen = {key: parameter for key, each, parameter in list_others(shapes) if each == name}
     if not chosen:
         has = ", ".join(list_weights(folder))
         hint = "; averaged weights are kept by model.align: mean_teacher (apt-align)" if name == "ema" else ""
         raise CheckpointError(f"{folder}: holds no weights {name!r}; it has: {has}{hint}")
     own = dict(model.named_parameters())
-    with safe_open(folder / EXTRA, framework="pt") as file:
-        for parameter, key in chosen:
-            tensor = file.get_tensor(key)
-            if parameter not in own or own[parameter].shape != tensor.shape:
-                raise CheckpointError(f"{folder}: its weights {name!r} do not fit the profile's model: {parameter}")
-            own[parameter].copy_(tensor)
-
-
-def _keys(folder: Path) -> list[tuple[str, str, str]]:
-    """The set, the parameter and the file's key of each tensor."""
-    found = []
-    with safe_open(folder / EXTRA, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118
-            _, _, saved = key.removeprefix("hooks.").partition("/")
-            if key.startswith("hooks.") and saved.startswith(OTHERS):
-                name, _, parameter = saved.removeprefix(OTHERS).partition(".")
-                found.append((name, parameter, key))
-    return found
+    for key, parameter in chosen.items():
+        if parameter not in own or own[parameter].shape != shapes[key]:
+            raise CheckpointError(f"{folder}: its weights {name!r} do not fit the profile's model: {parameter}")
+    read_into(path, {key: own[parameter] for key, parameter in chosen.items()})
