@@ -1,13 +1,14 @@
 """Parameters that may be split over ranks: how a plugin reads and writes them.
 
 Under ``hardware.parallel: fsdp`` every parameter, gradient and moment is a `DTensor` of which this process holds some rows;
-under ``hardware.expert_parallel`` those of the experts are. What goes by `whole` and `fill` works in one process and under all
-of these alike; all ranks call them together.
+under ``hardware.expert_parallel`` those of the experts are. What goes by `whole`, `fill` and `run_with` works in one process and
+under all of these alike; all ranks call them together.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -74,3 +75,42 @@ def let_go(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+@torch.no_grad()
+def run_with(model: nn.Module, weights: Mapping[str, Tensor], *inputs: Tensor) -> Any:
+    """What `model` makes of `inputs` with these weights, by name and split as its own are, in their place; without a gradient.
+
+    It may come between a forward pass and its backward pass, which finds everything as it was.
+    """
+    let_go(model)
+    own = dict(model.named_parameters())
+    lent = {name: weight.to(own[name].dtype) for name, weight in weights.items() if not is_sharded(own[name])}
+    # fsdp gathers from the memory that it was given, so there the values of what is split are exchanged; by `data`, since a
+    # tensor that autograd sees written to has no backward pass.
+    split = [(local(own[name]).data, local(weight)) for name, weight in weights.items() if is_sharded(own[name])]
+    before = [mine.clone() for mine, _ in split]
+    try:
+        for mine, other in split:
+            mine.copy_(other)
+        torch.clear_autocast_cache()  # which knows a parameter and not its values
+        return torch.func.functional_call(model, lent, inputs)
+    finally:
+        let_go(model)
+        for (mine, _), was in zip(split, before, strict=True):
+            mine.copy_(was)
+        torch.clear_autocast_cache()
+        _gather(model)
+
+
+def _gather(model: nn.Module) -> None:
+    """What fsdp gathers for a forward pass and keeps for the backward pass: all that is in no block.
+
+    On a GPU its streams wait from here on for what was written before.
+    """
+    if not has_ranks():
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(model, FSDPModule):
+        model.unshard()
