@@ -14,11 +14,13 @@ import psutil
 import pytest
 import torch
 
+from apt.cli import main
 from apt.core.config import APTConfig
 from apt.core.profile import dump_profile
 from apt.errors import CheckpointError
 from apt.training.checkpoint import list_checkpoints, load_run, read_saved, verify
 from apt.training.record import read_metrics
+from apt.training.weights import use_weights
 
 pytestmark = pytest.mark.timeout(900)  # a busy machine is no fault of the code
 thorough = pytest.mark.thorough
@@ -119,6 +121,62 @@ def test_a_run_goes_on_with_other_ranks(
             assert torch.equal(rest[name], tensor)
         else:
             torch.testing.assert_close(rest[name], tensor, atol=1e-4, rtol=1e-3)
+
+
+TAUGHT = [
+    *("--set", "model.align={provider: mean_teacher, decay: 0.99, weight: 10.0}"),
+    *("--set", "schedules.enable_align_at_epoch=null", "--set", "schedules.align_weight=null"),
+    *("--set", "training.batch_size=12"),
+]
+
+
+def taught(out: Path) -> dict[int, tuple[float, float]]:
+    """The loss of each step, and the teacher's part of it."""
+    steps = [each for each in read_metrics(out) if each["event"] == "train"]
+    return {int(each["step"]): (float(each["loss"]), float(each["loss_align"])) for each in steps}  # type: ignore[call-overload,arg-type]
+
+
+def weights_of(out: Path, name: str) -> dict[str, torch.Tensor]:
+    run = load_run(out)
+    use_weights(run.folder, run.model, name)
+    return run.model.state_dict()
+
+
+@thorough
+@pytest.mark.parametrize(
+    ("ranks", "parallel"),
+    [(2, FSDP), (3, FSDP), (2, FSDP + EXPERTS), (2, DDP + EXPERTS)],
+    ids=["fsdp", "fsdp of three", "fsdp+experts", "ddp+experts"],
+)
+def test_the_average_that_teaches_ranks_is_that_of_one_and_goes_on_as_it_was(
+    profile: Path, tmp_path: Path, ranks: int, parallel: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(1, profile, tmp_path / "one", *TAUGHT)
+    train(ranks, profile, tmp_path / "many", *TAUGHT, *parallel)
+    one, many = taught(tmp_path / "one"), taught(tmp_path / "many")
+    assert len(one) == 52
+    assert many == {step: pytest.approx(losses, abs=1e-5) for step, losses in one.items()}
+    assert max(align for _, align in many.values()) > 1e-3
+    checkpoint = tmp_path / "many" / "step-000026"
+    assert len(list((checkpoint / "extra.parts").iterdir())) == ranks
+    train(ranks, profile, tmp_path / "rest", "--resume", str(checkpoint), *TAUGHT, *parallel)
+    train(1, profile, tmp_path / "alone", "--resume", str(checkpoint), *TAUGHT)
+    train(ranks, profile, tmp_path / "split", "--resume", str(tmp_path / "one" / "step-000026"), *TAUGHT, *parallel)
+    for name in ("alone", "split"):
+        # No further: rounding may at last send a token to another expert.
+        for step, losses in list(taught(tmp_path / name).items())[:5]:
+            assert losses == pytest.approx(one[step], abs=1e-5)
+    for name in ("trained", "ema"):
+        expected, found = weights_of(tmp_path / "one", name), weights_of(tmp_path / "many", name)
+        rest = weights_of(tmp_path / "rest", name)
+        for key, value in expected.items():
+            assert torch.equal(rest[key], found[key])
+            torch.testing.assert_close(found[key], value, atol=1e-4, rtol=1e-3)
+    said = []
+    for name in ("one", "many"):
+        assert main(["generate", str(tmp_path / name), "--weights", "ema", "--prompt", "def f1"]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
 
 
 @thorough
@@ -247,10 +305,6 @@ def test_a_start_that_does_not_go_with_the_profile_is_refused(profile: Path, tmp
         (
             ["--set", "hardware.parallel=none"],
             "hardware.parallel: none, but torchrun started 2 processes; set ddp or fsdp",
-        ),
-        (
-            [*FSDP, "--set", "model.align.state=ema", "--set", "model.align.beta=0"],
-            "ema, but under fsdp no rank has all",
         ),
         (["--set", "hardware.expert_parallel=3"], "hardware.expert_parallel: 3 does not divide the 2 processes"),
         (

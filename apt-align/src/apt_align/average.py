@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from apt.layers.sharded import local, run_with
+
 if TYPE_CHECKING:
     from apt.layers import Output
 
@@ -23,7 +25,7 @@ class Average:
 
     The average is float32 whatever the model is. A parameter is averaged from the first step that trains it on; until
     then it has no average and stands for itself, so that parts which a plugin switches on in mid-run (and fills at that
-    moment) do not drag their idle past along.
+    moment) do not drag their idle past along. Of a parameter that is split over ranks each averages what it holds.
     """
 
     def __init__(self, decay: float) -> None:
@@ -43,19 +45,16 @@ class Average:
         self.updates += 1
         for name, parameter in model.named_parameters():
             if name in self.weights:
-                self.weights[name].lerp_(parameter.float(), 1 - decay)
+                local(self.weights[name]).lerp_(local(parameter).float(), 1 - decay)
             elif name in self._trained:
                 self.weights[name] = parameter.detach().float().clone()
 
-    @torch.no_grad()
     def __call__(self, model: nn.Module, tokens: Tensor) -> Output:
         """What the averaged model says of `tokens` [batch, seq]: in evaluation mode, without dropout or gradient."""
-        parameters = dict(model.named_parameters())
-        weights = {name: weight.to(parameters[name].dtype) for name, weight in self.weights.items()}
         training = [module for module in model.modules() if module.training]
         model.eval()
         try:
-            output: Output = torch.func.functional_call(model, weights, (tokens,))
+            output: Output = run_with(model, self.weights, tokens)
         finally:
             for module in training:
                 module.training = True

@@ -230,13 +230,6 @@ def _contradictions(provider: Consistency, config: APTConfig) -> list[Fault]:
         named = "dropout" if isinstance(provider, BiState) else provider.get_name()
         what = f"{named}, but the model's dropout is 0, so two passes are equal"
         faults.append(Fault(where, what, "set model.dropout, or use bistate_default with state: ema or layer"))
-    split = config.hardware.parallel == "fsdp" or config.hardware.expert_parallel > 1
-    if provider.average_decay is not None and split:
-        named = "ema" if isinstance(provider, BiState) else provider.get_name()
-        under = "fsdp" if config.hardware.parallel == "fsdp" else "expert_parallel"
-        what = f"{named}, but under {under} no rank has all of the weights that are averaged"
-        hint = "set hardware.parallel: ddp, or use bistate_default with state: layer or dropout"
-        faults.append(Fault(where, what, hint))
     if not isinstance(provider, BiState):
         return faults
     if provider.state == "layer" and config.num_blocks < 2:
