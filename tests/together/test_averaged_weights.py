@@ -12,9 +12,14 @@ from safetensors.torch import load_file
 from apt.cli import main
 from apt.cli.show import size
 from apt.core.estimate import estimate
+from apt.core.profile import load_profile
 from apt.core.resolve import resolve_config
+from apt.modeling.compose import ModelBuilder
+from apt.modeling.parts import set_active
 from apt.training.checkpoint import load_run
 from apt.training.weights import list_weights, use_weights
+from apt_align.average import Average
+from apt_moe.upcycling import upcycle
 
 PROFILE = """\
 name: averaged
@@ -26,6 +31,14 @@ training: {{max_steps: 30, batch_size: 2, warmup_steps: 0, learning_rate: 1.0e-1
 data: {{source: files, path: "{text}"}}
 evaluation: {{max_batches: 1, sample_tokens: 0}}
 monitoring: {{plot: false}}
+"""
+EXPERTS = """\
+name: growing
+plugins: [moe]
+model:
+  {{d_model: 16, num_heads: 2, num_layers: 2, d_ff: 24, max_seq_len: 32, dropout: 0.0, attention_dropout: 0.0, norm: rmsnorm,
+   attention: sdpa, ffn: {{provider: moe, experts: 4, expert: swiglu, router: {{provider: topk_default, top_k: 2}}{more}}}}}
+training: {{max_steps: 4, batch_size: 2, warmup_steps: 0, learning_rate: 1.0e-1}}
 """
 
 
@@ -50,6 +63,36 @@ def test_export_writes_the_weights_that_are_asked_for(run: Path, tmp_path: Path)
         assert torch.equal(written["model.embed_tokens.weight"], expected)
     assert main(["export", "hf", str(run), str(tmp_path / "other"), "--weights", "other"]) == 2
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("more", ["", ", granularity: 2, shared: 1"], ids=["whole", "fine-grained and shared"])
+def test_experts_that_grow_leave_the_averaged_model_as_it_was(tmp_path: Path, more: str) -> None:
+    profile = tmp_path / "profile.yaml"
+    profile.write_text(EXPERTS.format(more=more))
+    model, tokens = ModelBuilder(load_profile(profile).config).build_model(), torch.randint(259, (2, 16))
+    optimizer, average = torch.optim.AdamW(model.parameters(), lr=3e-2), Average(0.9)
+
+    def learn() -> None:
+        optimizer.zero_grad()
+        model(tokens).logits.logsumexp(-1).mean().backward()
+        average.see_gradients(model)
+        optimizer.step()
+        average.update(model)
+
+    set_active(model, "moe", False)
+    for _ in range(4):
+        learn()
+    before = average(model, tokens).logits
+    assert not torch.allclose(model(tokens).logits, before, atol=1e-2)
+    set_active(model, "moe", True)
+    for number, layer in enumerate(block.ffn for block in model.blocks):
+        upcycle(layer, optimizer, number)
+    torch.testing.assert_close(average(model, tokens).logits, before, atol=1e-5, rtol=1e-5)
+    resumed = Average(0.9)
+    resumed.load(average.save())
+    torch.testing.assert_close(resumed(model, tokens).logits, before, atol=1e-5, rtol=1e-5)
+    learn()
+    assert not torch.allclose(average(model, tokens).logits, before, atol=1e-3)
 
 
 def test_the_memory_that_check_foretells_holds_them(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from apt.layers.sharded import local, run_with
+from apt.layers.sharded import fill, local, run_with
 
 if TYPE_CHECKING:
     from apt.layers import Output
@@ -25,7 +25,8 @@ class Average:
 
     The average is float32 whatever the model is. A parameter is averaged from the first step that trains it on; until
     then it has no average and stands for itself, so that parts which a plugin switches on in mid-run (and fills at that
-    moment) do not drag their idle past along. Of a parameter that is split over ranks each averages what it holds.
+    moment) do not drag their idle past along. What grows out of parameters that are averaged has an average that has grown
+    out of theirs (`apt.layers.Growing`). Of a parameter that is split over ranks each averages what it holds.
     """
 
     def __init__(self, decay: float) -> None:
@@ -33,6 +34,8 @@ class Average:
         self.updates = 0
         self.weights: dict[str, Tensor] = {}
         self._trained: set[str] = set()
+        self._grown: set[str] = set()
+        """The parts whose averages have grown."""
 
     def see_gradients(self, model: nn.Module) -> None:
         """Note, before a step, which parameters it trains."""
@@ -41,6 +44,7 @@ class Average:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take in the weights after a step."""
+        self._grow(model)
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         for name, parameter in model.named_parameters():
@@ -51,6 +55,7 @@ class Average:
 
     def __call__(self, model: nn.Module, tokens: Tensor) -> Output:
         """What the averaged model says of `tokens` [batch, seq]: in evaluation mode, without dropout or gradient."""
+        self._grow(model)
         training = [module for module in model.modules() if module.training]
         model.eval()
         try:
@@ -59,6 +64,22 @@ class Average:
             for module in training:
                 module.training = True
         return output
+
+    @torch.no_grad()
+    def _grow(self, model: nn.Module) -> None:
+        for place, part in model.named_modules(prefix="part"):
+            ask = getattr(part, "grow_weights", None)
+            if place in self._grown or not callable(ask):
+                continue
+            own = {name: (f"{place}.{name}".removeprefix("part."), each) for name, each in part.named_parameters()}
+            grown = ask({name: self.weights[key] for name, (key, _) in own.items() if key in self.weights})
+            if grown:
+                self._grown.add(place)
+            for name, values in grown.items():
+                key, parameter = own[name]
+                if key not in self.weights:
+                    self.weights[key] = torch.empty_like(parameter, dtype=torch.float32)
+                    fill(self.weights[key], values)
 
     def save(self) -> dict[str, object]:
         """JSON values and tensors from which `load` makes it again."""
@@ -70,7 +91,7 @@ class Average:
         if not isinstance(updates, int):
             raise TypeError("the saved average of the weights has another form than apt-align gives it")
         here = next((weight.device for weight in self.weights.values()), None)
-        self.updates, self._trained = updates, set()
+        self.updates, self._trained, self._grown = updates, set(), set()
         self.weights = {
             name.removeprefix(_PREFIX): weight
             for name, weight in saved.items()

@@ -17,7 +17,7 @@ from apt.layers import Part, as_part
 from apt_moe import dispatch, functional
 from apt_moe.experts import Backend, Experts, choose_backend
 from apt_moe.parallel import run_sharded, shard_experts
-from apt_moe.upcycling import Upcycling
+from apt_moe.upcycling import Upcycling, grow
 
 FEW = 8
 """Choices of experts that are followed one by one in writing: sorting costs as much as some eight experts of a small layer."""
@@ -127,6 +127,13 @@ class MixtureOfExperts(nn.Module):
                 f"router.{self.router_provider.get_name()}: there is padding, and {counting}, since route takes no mask; its "
                 "signature is route(router, inputs, train=True, mask=None)"
             )
+
+    def grow_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `apt.layers.Growing`. Experts that were redrawn in part grew out of nothing that other weights tell."""
+        dense = {name.removeprefix("dense."): each for name, each in weights.items() if name.startswith("dense.")}
+        if not self.active or self.dense is None or self.upcycling.redraw:
+            return {}
+        return dict(grow(self, dense)) if dense.keys() == dict(self.dense.named_parameters()).keys() else {}
 
     def _is_writing(self, x: Tensor, indices: Tensor) -> bool:
         """Whether this is one more token of few texts, whose experts are run without sorting.

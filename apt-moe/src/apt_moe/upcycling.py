@@ -12,6 +12,7 @@ Nakamura et al. 2025, arXiv:2502.19261.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from apt.core.providers import FFNProvider
     from apt_moe.layer import MixtureOfExperts
 
+STACKS = "experts.layer."
+"""What the names of the experts' parameters begin with."""
 Moments = Literal["copied", "fresh", "scaled"]
 
 POWERS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2, "square_avg": 2, "sum": 2}
@@ -60,25 +63,39 @@ def upcycle(layer: MixtureOfExperts, optimizer: Optimizer | None = None, number:
     """
     if layer.dense is None:
         raise RuntimeError("this mixture holds no dense layer to grow its experts from; give it upcycle: true")
-    recipe, experts, parts = layer.upcycling, layer.experts.num_experts, layer.granularity
-    shape = _Shape(experts, parts, layer.experts.d_ff)
+    own, before = dict(layer.named_parameters()), dict(layer.dense.named_parameters())
+    for name, weights in grow(layer, before, number):
+        fill(own[name], weights)
+    shape = _Shape(layer.experts.num_experts, layer.granularity, layer.experts.d_ff)
+    for name, dense in before.items():
+        if optimizer is not None:
+            _carry(optimizer, dense, own[STACKS + name], layer.experts.axes.get(name), shape, layer.upcycling)
+            _carry_to_shared(optimizer, dense, [own[each + name] for each in _shared(layer)], layer.upcycling)
+        dense.grad = None
+    _group(layer.router, layer.experts.num_experts, layer.granularity)
+
+
+def grow(layer: MixtureOfExperts, dense: Mapping[str, Tensor], number: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """What grows out of these dense weights: the names in `layer`, and all of each."""
+    recipe, parts = layer.upcycling, layer.granularity
+    shape = _Shape(layer.experts.num_experts, parts, layer.experts.d_ff)
     units = _drawn_units(recipe, shape, number)
     generator = torch.Generator().manual_seed(recipe.seed + 7919 * number + 1)
-    stacks = dict(layer.experts.layer.named_parameters())
-    for name, dense in layer.dense.named_parameters():
-        stack, axis = stacks[name], layer.experts.axes.get(name)
-        weights = shape.spread(whole(dense), axis)
+    for name, each in dense.items():
+        source, axis = whole(each), layer.experts.axes.get(name)
+        weights = shape.spread(source, axis)
         if axis is None:
             weights = weights / parts
         if axis is not None and units is not None:
-            weights = _redrawn(weights, whole(dense), axis, shape, units, generator)
-        fill(stack, weights)
-        if optimizer is not None:
-            _carry(optimizer, dense, stack, axis, shape, recipe)
-        dense.grad = None
-    _group(layer.router, experts, parts)
-    if layer.shared is not None:
-        _fill_shared(layer, optimizer)
+            weights = _redrawn(weights, source, axis, shape, units, generator)
+        yield STACKS + name, weights
+        for expert in _shared(layer):
+            yield expert + name, source
+
+
+def _shared(layer: MixtureOfExperts) -> list[str]:
+    """What the names of each shared expert's parameters begin with; each is the dense layer too."""
+    return [f"shared.{number}." for number in range(len(layer.shared or ()))]
 
 
 def check_slices(provider: FFNProvider, parts: int, activation: str) -> None:
@@ -183,19 +200,14 @@ def _group(router: torch.nn.Module, experts: int, parts: int) -> None:
             fill(parameter, rows[::parts].repeat_interleave(parts, 0))
 
 
-def _fill_shared(layer: MixtureOfExperts, optimizer: Optimizer | None) -> None:
-    """The shared experts are the dense layer too."""
-    assert layer.dense is not None
-    assert layer.shared is not None
-    for shared in layer.shared:
-        own = dict(shared.named_parameters())
-        for name, dense in layer.dense.named_parameters():
-            fill(own[name], whole(dense))
-            if optimizer is not None and layer.upcycling.moments != "fresh" and optimizer.state.get(dense):
-                optimizer.state[own[name]] = {
-                    key: value.clone() if isinstance(value, Tensor) else value
-                    for key, value in memory_for(own[name], dense, optimizer).items()
-                }
+def _carry_to_shared(optimizer: Optimizer, dense: Tensor, shared: Sequence[Tensor], recipe: Upcycling) -> None:
+    if recipe.moments == "fresh" or not optimizer.state.get(dense):
+        return
+    for heir in shared:
+        optimizer.state[heir] = {
+            key: value.clone() if isinstance(value, Tensor) else value
+            for key, value in memory_for(heir, dense, optimizer).items()
+        }
 
 
 def _like(target: Tensor, value: Tensor) -> Tensor:

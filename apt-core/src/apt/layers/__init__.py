@@ -106,6 +106,19 @@ class Shareable(Protocol):
         """
 
 
+class Growing(Protocol):
+    """A part of whose parameters some grow out of others in mid-run, such as experts out of a dense layer.
+
+    Who keeps other weights of the model, such as averages, asks it to let those grow too.
+    """
+
+    def grow_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole, what has grown would be, had it grown out of these; both by the parameters' names in the part.
+
+        Nothing before anything has grown, or where not all that it grew out of is given.
+        """
+
+
 def as_part(result: Tensor | Part) -> Part:
     """A `Part` of whatever a layer returned."""
     return result if isinstance(result, Part) else Part(result)
