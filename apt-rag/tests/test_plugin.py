@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from apt.cli import main
 from apt.core.providers import Document
 from apt.errors import DataError, UserError
 from apt.hookspecs import Prompt
@@ -91,3 +92,21 @@ def test_a_folder_that_is_missing_empty_or_unreadable_is_said_by_name(tmp_path: 
         RAGPlugin(folder=tmp_path).apt_prompt_prepare(prompt)
     with pytest.raises(DataError, match="a file, not a folder"):
         RAGPlugin(folder=tmp_path / "binary").apt_prompt_prepare(prompt)
+
+
+def test_a_run_whose_folder_is_given_later_trains_to_its_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("".join(f"the {number}th line\n" for number in range(200)))
+    profile = tmp_path / "profile.yaml"
+    profile.write_text(
+        "plugins: [{rag: {top_k: 2}}]\n"
+        "model: {d_model: 8, num_heads: 1, num_layers: 1, d_ff: 8, max_seq_len: 16}\n"
+        "training: {max_steps: 2, batch_size: 2, warmup_steps: 0}\n"
+        f"data: {{source: files, path: '{tmp_path / 'text.txt'}'}}\n"
+        "monitoring: {plot: false}\n"
+    )
+    assert main(["train", "-p", str(profile), "--out", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "no sample is drawn: plugin.rag: no folder to retrieve from" in said
+    assert "\nrun: " in said

@@ -129,8 +129,8 @@ class Hooks:
     ) -> Mapping[str, Tensor] | None:
         """Further losses of this micro-batch by name, already weighted, which are added to the loss.
 
-        Each is a mean over the targets that count (`batch.mask`), and has the micro-batch's share of them in the step's loss, so
-        that micro-batches and ranks are one large batch.
+        Each is a mean over the targets that count (`batch.mask`), and 0 where none does, which `cross_entropy` is not. It has the
+        micro-batch's share of them in the step's loss, so that micro-batches and ranks are one large batch.
         """
 
     @hookspec

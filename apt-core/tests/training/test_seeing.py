@@ -20,7 +20,7 @@ from apt.core.lock import make_lock
 from apt.core.profile import load_profile
 from apt.core.providers import LoggerProvider, Plugin
 from apt.core.registry import Registry
-from apt.errors import PluginError, ProfileError
+from apt.errors import PluginError, ProfileError, UserError
 from apt.hookspecs import Batch, NextToken, RunState, hookimpl
 from apt.inference.generate import generate
 from apt.layers import Output
@@ -58,6 +58,7 @@ def train(profile: Path, out: Path, *sets: str, resume: str = "never") -> tuple[
     registry.register("logger", "ours", Ours)
     registry.register("plugin", "shouts", Shouts)
     registry.register("plugin", "clashes", Clashes)
+    registry.register("plugin", "asks", Asks)
     loaded = load_profile(profile, sets=sets, registry=registry)
     output = io.StringIO()
     trainer = Trainer(
@@ -133,6 +134,22 @@ class Shouts(Plugin):
         torch.rand(1)
         letter = ord("A") + 3  # the ids of bytes begin with 3
         next_token.logits = torch.where(torch.arange(next_token.logits.shape[-1]) == letter, 0.0, -torch.inf)[None]
+
+
+class Asks(Plugin):
+    """Cannot write without what only a command gives it."""
+
+    api_level: ClassVar[int] = 1
+
+    @hookimpl
+    def apt_prompt_prepare(self) -> None:
+        raise UserError("plugin.asks: no folder")
+
+
+def test_a_sample_that_cannot_be_drawn_costs_the_run_nothing(profile_file: Path, tmp_path: Path) -> None:
+    result, said = train(profile_file, tmp_path / "run", "plugins=[asks]", "evaluation.samples=true")
+    assert said.count("no sample is drawn: plugin.asks: no folder") == 2
+    assert not [event for event in read_metrics(result.folder) if event["event"] == "sample"]
 
 
 def test_plugins_take_part_in_samples_while_they_are_on_and_change_no_weight(

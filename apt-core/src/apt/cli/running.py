@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from apt.cli.options import add_changes, add_profile_options, print_notes, read_profile
 from apt.cli.show import called_as, print_providers
-from apt.errors import UserError
+from apt.errors import AptError, UserError
 
 if TYPE_CHECKING:
     from apt.core.hooks import HookRunner
@@ -257,9 +257,12 @@ def _run(
     print(f"\nheld-out loss: {scored.loss:.4f} nats a token, {scored.bits_per_byte:.4f} bits per byte\n")
     print_providers(result.resolved.resolutions)
     if evaluation.sample_tokens:
-        text = draw_sample(profile.config, result.resolved, result.model, result.tokenizer, result.state)
-        (result.folder / "sample.txt").write_text(text, encoding="utf-8")
-        print(f"\nsample:\n{text}")
+        try:
+            text = draw_sample(profile.config, result.resolved, result.model, result.tokenizer, result.state)
+            (result.folder / "sample.txt").write_text(text, encoding="utf-8")
+            print(f"\nsample:\n{text}")
+        except AptError as error:  # the run itself is good
+            print(f"\nno sample is drawn: {error}")
     print(f"\nrun:  {result.folder}")
     if result.plot is not None:
         print(f"plot: {result.plot}")

@@ -98,6 +98,8 @@ def padding(subject: Subject) -> None:
     provider, router, x = _parts(subject)
     parameters = inspect.signature(provider.route).parameters
     told = "mask" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    if not told and not provider.supports_expert_choice() and not _route(provider, router, x, True)[2]:
+        raise NotApplicable("it takes no mask, and has no losses in which padding would count")
     demand(told, "route takes no mask; its signature is route(router, inputs, train=True, mask=None)")
     router.eval()
     mask = torch.ones(3, 40, dtype=torch.bool)

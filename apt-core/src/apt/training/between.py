@@ -10,7 +10,7 @@ from pathlib import Path
 from apt.core.config import APTConfig
 from apt.core.hooks import HookRunner
 from apt.core.resolve import Resolved
-from apt.errors import NotFiniteError
+from apt.errors import AptError, NotFiniteError
 from apt.hookspecs import RunState
 from apt.training.assembly import Assembly
 from apt.training.card import write_samples
@@ -129,6 +129,10 @@ class Between:
             self.journal.line("no sample is drawn: the model is split over the ranks")
             return
         with untouched(self.parts.model):  # plugins may draw
-            text = draw_sample(self.config, self.resolved, self.parts.model, self.parts.tokenizer, state)
+            try:
+                text = draw_sample(self.config, self.resolved, self.parts.model, self.parts.tokenizer, state)
+            except AptError as error:  # such as a plugin's that asks for what only `generate` is given
+                self.journal.line(f"no sample is drawn: {error}")
+                return
         self.journal.sampled(state, text)
         write_samples(self.out)

@@ -91,18 +91,17 @@ class Journal:
 
     def switched(self, certificate: Certificate, state: RunState) -> None:
         """What a switch changed."""
-        self._note(
-            "switch",
-            state,
-            plugin=certificate.plugin,
-            loss_before=certificate.loss_before,
-            loss_after=certificate.loss_after,
-            change=certificate.change,
-            change_in_training=certificate.training,
-            tolerance=certificate.tolerance,
-            holds=certificate.holds,
-            **certificate.metrics,
-        )
+        facts: dict[str, object] = {
+            "plugin": certificate.plugin,
+            "loss_before": certificate.loss_before,
+            "loss_after": certificate.loss_after,
+            "change": certificate.change,
+            "change_in_training": certificate.training,
+            "tolerance": certificate.tolerance,
+            "holds": certificate.holds,
+        }
+        _add(certificate.metrics, facts)
+        self._note("switch", state, **facts)
         self.line(str(certificate))
 
     def evaluated(self, state: RunState, scored: Score, seen: Mapping[str, Tensor], extra: Mapping[str, float]) -> None:

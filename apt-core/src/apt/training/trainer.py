@@ -420,8 +420,10 @@ class Trainer:
         picture, scored = None, self.between.scored
         if self.ranks.is_main:
             if self.config.monitoring.plot:
-                with contextlib.suppress(UserError):  # a run that was stopped early has nothing to draw yet
+                try:
                     picture = plot_run(self.out)
+                except UserError as error:  # such as of a run that was stopped before it had told anything
+                    self.journal.line(f"no picture is drawn: {error}")
             results: dict[str, object] = {"steps": self.state.step}
             if scored.num_tokens:  # what was stopped may not have come to it
                 results["held-out loss (nats a token)"] = f"{scored.loss:.4f}"
