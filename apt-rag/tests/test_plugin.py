@@ -101,7 +101,7 @@ def test_a_run_whose_folder_is_given_later_trains_to_its_end(
     profile = tmp_path / "profile.yaml"
     profile.write_text(
         "plugins: [{rag: {top_k: 2}}]\n"
-        "model: {d_model: 8, num_heads: 1, num_layers: 1, d_ff: 8, max_seq_len: 16}\n"
+        "model: {d_model: 8, num_heads: 1, num_layers: 1, d_ff: 8, max_seq_len: 16, attention: sdpa, ffn: default}\n"
         "training: {max_steps: 2, batch_size: 2, warmup_steps: 0}\n"
         f"data: {{source: files, path: '{tmp_path / 'text.txt'}'}}\n"
         "monitoring: {plot: false}\n"
