@@ -1,4 +1,7 @@
-"""Tests keep their tokens in a folder of their own, not in the user's cache, and see a GPU only where they ask for it."""
+"""Tests keep their tokens in a folder of their own, not in the user's cache, and see a GPU only where they ask for it.
+
+Those of all packages together and those on a GPU train on one small text.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,14 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("APT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of text that a small model can learn something from in a few steps."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"def f{number}(x):\n    return x + {number}\n\n" for number in range(300)))
+    return path
 
 
 def pytest_configure(config: pytest.Config) -> None:
