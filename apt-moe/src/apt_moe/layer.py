@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -67,7 +66,7 @@ class MixtureOfExperts(nn.Module):
         self.backend = backend
         self.mesh: DeviceMesh | None = None
         """The ranks that share the experts out (`apt_moe.parallel.shard_experts`)."""
-        self.takes_mask = _takes_mask(router_provider)
+        self.takes_mask = router_provider.takes_mask()
         """Whether the router can be told of padding; one that cannot does without where it has no losses."""
         self.takes_tokens = bool(getattr(router_provider, "takes_tokens", False))
         """Whether the router asks for the tokens' ids."""
@@ -245,8 +244,3 @@ class MixtureOfExperts(nn.Module):
         if not self.training:
             metrics |= self.router_provider.observe(self.router, x, mask)
         return metrics
-
-
-def _takes_mask(provider: RouterProvider) -> bool:
-    parameters = inspect.signature(provider.route).parameters
-    return "mask" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 from torch import Tensor, nn
 
@@ -96,8 +94,7 @@ def losses(subject: Subject) -> None:
 def padding(subject: Subject) -> None:
     """It is told of padding, which changes no other token's experts and weights."""
     provider, router, x = _parts(subject)
-    parameters = inspect.signature(provider.route).parameters
-    told = "mask" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    told = provider.takes_mask()
     if not told and not provider.supports_expert_choice() and not _route(provider, router, x, True)[2]:
         raise NotApplicable("it takes no mask, and has no losses in which padding would count")
     demand(told, "route takes no mask; its signature is route(router, inputs, train=True, mask=None)")

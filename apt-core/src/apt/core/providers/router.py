@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
@@ -64,6 +65,11 @@ class RouterProvider(Provider):
     def supports_dynamic_capacity(self) -> bool:
         """Whether the capacity may change while training."""
         return True
+
+    def takes_mask(self) -> bool:
+        """Whether `route` can be told of padding: it has an argument `mask`, or takes any."""
+        parameters = inspect.signature(self.route).parameters
+        return "mask" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
 
     def supports_expert_choice(self) -> bool:
         """Whether experts choose tokens rather than tokens experts."""
