@@ -18,9 +18,10 @@ from apt.builtin.tokenizer import ByteTokenizer
 from apt.cli import main
 from apt.core.profile import load_profile
 from apt.errors import UserError
-from apt.inference import int8
+from apt.inference import packed
 from apt.inference.generate import generate
-from apt.inference.int8 import FEW, Int8Linear
+from apt.inference.half import HalfLinear
+from apt.inference.int8 import AT_ONCE, Int8Linear
 from apt.inference.prepare import prepare
 from apt.modeling.compose import ModelBuilder
 from apt.modeling.model import Decoder
@@ -41,7 +42,10 @@ def scores(model: Decoder) -> torch.Tensor:
     return logits
 
 
-def test_bf16_is_everywhere_but_in_scheduled_values_and_weights_stay_tied(model: Decoder) -> None:
+def test_bf16_is_everywhere_but_in_scheduled_values_and_weights_stay_tied(
+    model: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HalfLinear, "is_worth_it", lambda: False)
     model.register_buffer("temperature", torch.tensor(0.3))
     before = scores(model)
     assert prepare(model, dtype="bf16") == 0.0
@@ -50,6 +54,41 @@ def test_bf16_is_everywhere_but_in_scheduled_values_and_weights_stay_tied(model:
     assert model.temperature.dtype == torch.float32
     assert 0 < (scores(model) - before).abs().max() < 0.02 * before.std() * 10
     assert generate(model, TOKENIZER, "x", max_new_tokens=3).tokens
+
+
+def test_without_units_for_bf16_its_weights_are_multiplied_as_fp16(
+    model: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HalfLinear, "is_worth_it", lambda: True)
+    model.blocks[0].attention.out.weight.data[0, 0] = 0  # type: ignore[union-attr, index, operator]
+    before = scores(model)
+    model.blocks[0].attention.out.weight.data[0, 0] = 1e5  # type: ignore[union-attr, index, operator]
+    prepare(model, dtype="bf16")
+    linear = [each for each in model.modules() if type(each) is nn.Linear]
+    assert linear == [model.blocks[0].attention.out]  # float16 has no such number
+    assert {each.dtype for each in model.parameters()} == {torch.bfloat16}
+    linear[0].weight.data[0, 0] = 0
+    assert 0 < (scores(model) - before).abs().max() < 0.02 * before.std() * 10
+    assert generate(model, TOKENIZER, "x", max_new_tokens=3).tokens
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tokens", [1, 5, 700])
+def test_a_half_layer_is_as_exact_as_bf16_allows(tokens: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 48, bias=bias).to(torch.bfloat16)
+    x = torch.randn(2, tokens, 64, dtype=torch.bfloat16)
+    layer = HalfLinear(linear)
+    right = nn.functional.linear(x.float(), linear.weight.float(), None if linear.bias is None else linear.bias.float())
+    assert layer(x).dtype == torch.bfloat16
+    torch.testing.assert_close(layer(x), right.to(torch.bfloat16), atol=0, rtol=2**-7)
+    torch.testing.assert_close(layer.weight, linear.weight, atol=2**-25, rtol=0)
+    assert layer.weight.dtype == torch.bfloat16
+    assert "in_features=64, out_features=48, bf16 as fp16" in repr(layer)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), layer(x))
+    assert torch.equal(pickle.loads(pickle.dumps(copy.deepcopy(layer)))(x), layer(x))
 
 
 def test_int8_takes_every_linear_layer_and_moves_the_logits_little(model: Decoder) -> None:
@@ -61,7 +100,7 @@ def test_int8_takes_every_linear_layer_and_moves_the_logits_little(model: Decode
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("tokens", [1, 5, FEW, FEW + 1])
+@pytest.mark.parametrize("tokens", [1, 5, AT_ONCE, AT_ONCE + 1])
 def test_an_int8_layer_gives_each_token_a_scale_of_its_own_and_loses_nothing_to_its_large_channels(tokens: int) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(64, 48)
@@ -85,14 +124,14 @@ def test_int8_is_for_float32(model: Decoder) -> None:
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
-def test_a_compiled_step_writes_the_same_and_is_compiled_once_for_all_blocks(
+def test_a_step_that_torch_compiles_writes_the_same_and_is_compiled_once_for_all_blocks(
     model: Decoder, quantize: Literal["int8"] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare(model, quantize=quantize)
     right = generate(model, TOKENIZER, "x", max_new_tokens=12, temperature=0).tokens
     counter, compiled = CompileCounter(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda step, dynamic: compiled(step, backend=counter, dynamic=dynamic))
-    prepare(model, compiled=True)
+    model.compile_step()
     assert generate(model, TOKENIZER, "x", max_new_tokens=12, temperature=0).tokens == right
     assert len(model.blocks) == 2
     assert counter.frame_count == 1
@@ -101,27 +140,27 @@ def test_a_compiled_step_writes_the_same_and_is_compiled_once_for_all_blocks(
 def test_an_int8_layer_is_compiled_whole_for_few_tokens_and_for_many_and_lets_go_of_its_weights() -> None:
     layer = Int8Linear(nn.Linear(64, 48))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for tokens in (1, FEW + 1):
+    for tokens in (1, AT_ONCE + 1):
         x = torch.randn(tokens, 64)
         assert torch.equal(compiled(x), layer(x))
     number = int(layer._number)
-    assert number in int8._packed
+    assert number in packed._packed
     del layer, compiled
     torch.compiler.reset()
     gc.collect()
-    assert number not in int8._packed
+    assert number not in packed._packed
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
 def test_a_copy_of_an_int8_layer_and_a_pickled_one_outlive_it(way: Callable[[nn.Module], nn.Module]) -> None:
-    layer, x = Int8Linear(nn.Linear(64, 48)), torch.randn(FEW + 1, 64)
+    layer, x = Int8Linear(nn.Linear(64, 48)), torch.randn(AT_ONCE + 1, 64)
     right, few, weight, number = layer(x), layer(x[:3]), layer.weight, int(layer._number)
     other = way(layer)
     assert torch.equal(layer(x), right)
     del layer
     gc.collect()
-    assert number not in int8._packed
+    assert number not in packed._packed
     for each in (other, way(other)):
         assert torch.equal(each(x), right)
         assert torch.equal(each(x[:3]), few)
@@ -129,7 +168,7 @@ def test_a_copy_of_an_int8_layer_and_a_pickled_one_outlive_it(way: Callable[[nn.
     own = int(other._number)
     del other, each
     gc.collect()
-    assert own not in int8._packed
+    assert own not in packed._packed
 
 
 def test_a_copy_of_an_int8_model_outlives_it_and_is_compiled_like_it(model: Decoder) -> None:

@@ -16,6 +16,8 @@ from apt.cli.show import called_as, print_providers
 from apt.errors import AptError, UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from apt.core.hooks import HookRunner
     from apt.core.profile import Profile
     from apt.training.checkpoint import LoadedRun
@@ -317,16 +319,25 @@ def load_in_place(arguments: argparse.Namespace, *, prepared: bool = False, comp
     if arguments.quantize is not None and where.type != "cpu":
         raise UserError(f"--quantize {arguments.quantize}: is for the CPU; use --dtype bf16 on a GPU")
     if prepared:  # before it goes there, where the weights as they are saved may not have room
-        prepare_run(run, arguments, compiled=compiled)
+        prepare_run(run, arguments, where, compiled=compiled)
     run.model.to(where)
+    if compiled:
+        from rich.console import Console
+
+        from apt.inference.prepare import get_ready
+
+        with Console(stderr=True).status("compiling the writing of a token, which is kept for the next time"):
+            get_ready(run.model)
     return run
 
 
-def prepare_run(run: LoadedRun, arguments: argparse.Namespace, *, compiled: bool = False) -> None:
+def prepare_run(
+    run: LoadedRun, arguments: argparse.Namespace, where: torch.device | None = None, *, compiled: bool = False
+) -> None:
     """Change the run's model to the precision that was asked for."""
     from apt.inference.prepare import prepare
 
-    share = prepare(run.model, dtype=arguments.dtype, quantize=arguments.quantize, compiled=compiled)
+    share = prepare(run.model, dtype=arguments.dtype, quantize=arguments.quantize, compiled=compiled, device=where)
     if arguments.quantize is not None:
         print(f"{share:.0%} of the weights that a token meets are in {arguments.quantize}", file=sys.stderr)
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
-import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from apt.inference.packed import PackedLinear, get_packed
 
 REDUCED = True
 """Activations take seven of the eight bits: processors without VNNI add pairs of products in 16 bits, which eight overflow."""
@@ -18,13 +19,8 @@ LOWEST, HIGHEST = -64.0, 63.0
 FINER = 2 * HIGHEST
 """How much finer the second row is: what rounding leaves is at most a half, and fills the range again."""
 SMALLEST = torch.finfo(torch.float32).tiny
-FEW = 256
-"""So many tokens are multiplied in eight bits. With more of them, two rows each cost more than taking the weights in float32."""
-
-_packed: dict[int, Any] = {}
-"""Each layer's packed weights by the layer's number. Compiled code cannot hold them; it holds the number."""
-_numbers = itertools.count()
-
+AT_ONCE = 512
+"""So many tokens are multiplied together: of twice as many, each takes a third longer."""
 
 # Bare operators: what `torch.library.custom_op` adds to each call is a fifth of the product of a small matrix.
 torch.library.define("apt::multiply_int8", "(Tensor rows, Tensor number, SymInt out_features) -> Tensor")
@@ -33,7 +29,7 @@ torch.library.define("apt::unpack_int8", "(Tensor number, SymInt out_features, S
 
 @torch.library.impl("apt::multiply_int8", "CPU")
 def _multiply(rows: Tensor, number: Tensor, out_features: int) -> Tensor:
-    y: Tensor = torch.ops.quantized.linear_dynamic.default(rows, _packed[int(number)], REDUCED)
+    y: Tensor = torch.ops.quantized.linear_dynamic.default(rows, get_packed(number), REDUCED)
     return y
 
 
@@ -44,7 +40,7 @@ def _shape_of_product(rows: Tensor, number: Tensor, out_features: int) -> Tensor
 
 @torch.library.impl("apt::unpack_int8", "CPU")
 def _unpack(number: Tensor, out_features: int, in_features: int) -> Tensor:
-    rounded, _ = torch.ops.quantized.linear_unpack(_packed[int(number)])
+    rounded, _ = torch.ops.quantized.linear_unpack(get_packed(number))
     weight: Tensor = rounded.dequantize()[:, :in_features]
     return weight.contiguous()
 
@@ -54,7 +50,7 @@ def _shape_of_weight(number: Tensor, out_features: int, in_features: int) -> Ten
     return number.new_empty((out_features, in_features), dtype=torch.float32)
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(PackedLinear):
     """y = W x + b with W in int8 and a scale for each row of W; x loses nothing that float32 would show.
 
     W ~ s * round(W / s) with s = max |row| / 127 (the vector-wise scheme of LLM.int8, Dettmers et al. 2022, arXiv:2208.07339,
@@ -66,49 +62,43 @@ class Int8Linear(nn.Module):
     behind `quantize_dynamic`.
     """
 
+    kind = "int8"
+    _ends: Tensor
+
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        super().__init__(linear)
         weight = linear.weight.detach().float()
         scales = (weight.abs().amax(1) / 127).clamp_min(SMALLEST)
         rounded = (weight / scales[:, None]).round().to(torch.int8)
         # Two columns of zeros meet the two ends of the range.
-        self._pack(nn.functional.pad(rounded, (0, 2)), scales.double())
-        self._ends = torch.tensor([LOWEST, HIGHEST])
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().float(), requires_grad=False)
+        self.hold(nn.functional.pad(rounded, (0, 2)), scales.double())
+        self.register_buffer("_ends", torch.tensor([LOWEST, HIGHEST]), persistent=False)
 
-    def _pack(self, rounded: Tensor, scales: Tensor) -> None:
-        """Hold weights [out, width + 2] in int8, and a scale for each row, under a number of this layer's own."""
+    @staticmethod
+    def pack(*what: Tensor) -> Any:
+        """Weights [out, width + 2] in int8, and a scale for each row, as the product takes them."""
+        rounded, scales = what
         zeros = torch.zeros(len(scales), dtype=torch.int64)
         with warnings.catch_warnings():
             # PyTorch means to remove tensors of quantised types; for a single token nothing else that it offers comes near.
             warnings.filterwarnings("ignore", message="torch.quantize_per_tensor", category=UserWarning)
             quantized = torch._make_per_channel_quantized_tensor(rounded, scales, zeros, 0)
-            packed = torch.ops.quantized.linear_prepack(quantized, None)
-        number = next(_numbers)
-        _packed[number] = packed
-        weakref.finalize(self, _packed.pop, number)
-        # A tensor, so that one compiled block serves all blocks.
-        self._number = torch.tensor(number)
+            return torch.ops.quantized.linear_prepack(quantized, None)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which outlive this layer: the weights themselves in place of their number."""
-        quantized, _ = torch.ops.quantized.linear_unpack(_packed[int(self._number)])
-        # Python's own method, where torch has none, gives the layer's dictionary itself.
-        state: dict[str, Any] = {**super().__getstate__()}  # type: ignore[no-untyped-call]
-        del state["_number"]
-        return {**state, "_weights": (quantized.int_repr(), quantized.q_per_channel_scales())}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take the weights under a new number."""
-        rounded, scales = state.pop("_weights")
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._pack(rounded, scales)
+    @staticmethod
+    def unpack(packed: Any) -> Sequence[Tensor]:
+        """The weights [out, width + 2] in int8, and the scale of each row."""
+        quantized, _ = torch.ops.quantized.linear_unpack(packed)
+        return quantized.int_repr(), quantized.q_per_channel_scales()
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch out"]:
         """The product, in float32."""
-        if x.numel() > FEW * self.in_features:
-            return nn.functional.linear(x, self.weight, self.bias)
+        if x.numel() <= AT_ONCE * self.in_features:
+            return self._multiply(x)
+        parts = torch.split(x.reshape(-1, self.in_features), AT_ONCE)
+        return torch.cat([self._multiply(part) for part in parts]).view(*x.shape[:-1], self.out_features)
+
+    def _multiply(self, x: Tensor) -> Tensor:
         # Few and cheap operations: for one token they take as long as the product of a small matrix.
         largest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True)
         step = largest.clamp_min(SMALLEST).div_(HIGHEST)
@@ -123,10 +113,6 @@ class Int8Linear(nn.Module):
 
     @property
     def weight(self) -> Float[Tensor, "out width"]:
-        """The weights as they are now, in float32: for layers that use them otherwise than by calling this one."""
+        """The weights as they are now, in float32."""
         weight: Tensor = torch.ops.apt.unpack_int8(self._number, self.out_features, self.in_features)
         return weight
-
-    def extra_repr(self) -> str:
-        """Its sizes, as `nn.Linear` says them."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, int8"

@@ -14,7 +14,12 @@ import torch
 from torch import nn
 
 from apt.errors import UserError
+from apt.inference.ahead import AheadStep
+from apt.inference.half import HalfLinear
 from apt.inference.int8 import Int8Linear
+from apt.layers.cache import KVCache
+from apt.modeling.compiler import check_compiler
+from apt.modeling.encoder_decoder import EncoderDecoder
 from apt.modeling.model import Decoder
 
 Precision = Literal["fp32", "bf16"]
@@ -22,28 +27,55 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def prepare(
-    model: Decoder, *, dtype: Precision = "fp32", quantize: Literal["int8"] | None = None, compiled: bool = False
+    model: Decoder,
+    *,
+    dtype: Precision = "fp32",
+    quantize: Literal["int8"] | None = None,
+    compiled: bool = False,
+    device: torch.device | None = None,
 ) -> float:
     """Change a model in place, for inference alone; returns how much of the weights that a token meets is in int8 now.
 
     bf16 keeps every scheduled value in float32. int8 quantises each linear layer, the head too (see `Int8Linear`). `compiled`
-    compiles the writing of a token, which then has less to do beside its products. Raises `UserError` for a combination that
-    does not exist.
+    compiles the writing of a token, which then has less to do beside its products. `device` is where the model will be, if it is
+    not there yet. Raises `UserError` for a combination that does not exist.
     """
+    where = model.embedding.weight.device if device is None else device
     if compiled and not model.supports_kv_cache:
         raise UserError("--compile: is for attention with a KV cache, and the model's has none")
     if quantize is not None and dtype != "fp32":
         raise UserError(f"--quantize {quantize}: its activations are float32; leave --dtype {dtype} out")
-    if quantize is not None and model.embedding.weight.device.type != "cpu":
+    if quantize is not None and where.type != "cpu":
         raise UserError(f"--quantize {quantize}: is for the CPU; use --dtype bf16 on a GPU")
+    if compiled and where.type == "cpu":
+        check_compiler("--compile")
     model.eval().requires_grad_(False)
     for block, name, layer in _attention(model):
         setattr(block, name, _fold(layer))
     if dtype != "fp32":
         _cast(model, DTYPES[dtype])
+        if where.type == "cpu" and HalfLinear.is_worth_it():
+            for parent, name, linear in _linears(model):
+                if HalfLinear.supports(linear):
+                    setattr(parent, name, HalfLinear(linear))
     if compiled:
-        model.compile_step()
+        model.compile_step(AheadStep if where.type == "cpu" else None)
     return _quantize(model) if quantize is not None else 0.0
+
+
+@torch.inference_mode()
+def get_ready(model: Decoder) -> None:
+    """Compile now what one text's first tokens would wait for, where `prepare` was told to and the CPU is to write."""
+    if not model.step_is_compiled or model.embedding.weight.device.type != "cpu" or isinstance(model, EncoderDecoder):
+        return
+    caches = model.create_cache(1)
+    model(torch.zeros(1, 2, dtype=torch.long), cache=caches, last=1)
+    model(torch.zeros(1, 1, dtype=torch.long), cache=caches, last=1)
+    rings = [each for each in caches if isinstance(each, KVCache) and each.rolling]
+    for each in rings:
+        each.length = each.slots
+    if rings:
+        model(torch.zeros(1, 1, dtype=torch.long), cache=caches, last=1)
 
 
 @contextmanager
@@ -91,10 +123,18 @@ def _quantize(model: Decoder) -> float:
     total, done = sum(multiplied.values()), 0
     if model.head.weight is model.embedding.weight:
         total += model.head.weight.numel()
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            # Experts may be one layer with weights [experts, out, in]: they stay as they are.
-            if type(child) is nn.Linear and child.weight.dim() == 2:
-                done += child.weight.numel()
-                setattr(module, name, Int8Linear(child))
+    for parent, name, linear in _linears(model):
+        done += linear.weight.numel()
+        setattr(parent, name, Int8Linear(linear))
     return done / total
+
+
+def _linears(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """Every linear layer, with the module that it is in and its name there."""
+    # Experts may be one layer with weights [experts, out, in]: they stay as they are.
+    return [
+        (module, name, child)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if type(child) is nn.Linear and child.weight.dim() == 2
+    ]

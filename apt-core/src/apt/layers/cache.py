@@ -38,6 +38,20 @@ class KVCache:
         self.v = torch.zeros_like(self.k)
         self.length = 0
 
+    @classmethod
+    def over(
+        cls,
+        k: Float[Tensor, "batch heads slots width"],
+        v: Float[Tensor, "batch heads slots width"],
+        length: int,
+        *,
+        rolling: bool = False,
+    ) -> KVCache:
+        """A cache in memory that is there, of which `length` tokens were read."""
+        cache = cls.__new__(cls)
+        cache.k, cache.v, cache.length, cache.rolling = k, v, length, rolling
+        return cache
+
     @property
     def slots(self) -> int:
         """Tokens that there is memory for."""

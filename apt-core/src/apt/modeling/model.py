@@ -139,12 +139,14 @@ class Decoder(nn.Module):
         """Every block; each may be compiled by itself."""
         return self.blocks
 
-    def compile_step(self) -> None:
+    def compile_step(self, way: Callable[[Callable[..., Part]], Callable[..., Part]] | None = None) -> None:
         """From now on what a block does with one more token of each row is compiled, at its first use and for all blocks at once.
 
-        Reading a prompt is not: it is long enough to be worth its products alone, and each length would be compiled anew.
+        A `way` is given `torch.compile`'s function (block, x, **what) and gives another. Reading a prompt is not compiled: it is
+        long enough to be worth its products alone, and each length would be compiled anew.
         """
-        self._step = torch.compile(_read, dynamic=True)
+        step: Callable[..., Part] = torch.compile(_read, dynamic=True)
+        self._step = step if way is None else way(step)
 
     @property
     def step_is_compiled(self) -> bool:

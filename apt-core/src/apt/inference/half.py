@@ -1,0 +1,89 @@
+"""Linear layers whose weights are in 16 bits, for a processor that has no products of bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from apt.inference.packed import PackedLinear, get_packed
+
+LARGEST = torch.finfo(torch.float16).max
+
+torch.library.define("apt::multiply_half", "(Tensor x, Tensor number, SymInt out_features) -> Tensor")
+torch.library.define("apt::unpack_half", "(Tensor number, SymInt out_features, SymInt in_features) -> Tensor")
+
+
+@torch.library.impl("apt::multiply_half", "CPU")
+def _multiply(x: Tensor, number: Tensor, out_features: int) -> Tensor:
+    y: Tensor = torch.ops.quantized.linear_dynamic_fp16.default(x, get_packed(number))
+    return y
+
+
+@torch.library.impl("apt::multiply_half", "Meta")
+def _shape_of_product(x: Tensor, number: Tensor, out_features: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.impl("apt::unpack_half", "CPU")
+def _unpack(number: Tensor, out_features: int, in_features: int) -> Tensor:
+    weight: Tensor = HalfLinear.unpack(get_packed(number))[0].to(torch.bfloat16)
+    return weight
+
+
+@torch.library.impl("apt::unpack_half", "Meta")
+def _shape_of_weight(number: Tensor, out_features: int, in_features: int) -> Tensor:
+    return number.new_empty((out_features, in_features), dtype=torch.bfloat16)
+
+
+class HalfLinear(PackedLinear):
+    """y = W x + b with W as bfloat16 has it, held in float16; sums are made in float32.
+
+    PyTorch multiplies bfloat16 on a processor without units for it row by row: one row at two thirds of what memory gives, and
+    many rows seven times as slowly as float32. FBGEMM's product (the operator behind `quantize_dynamic` in float16) reads
+    weights of the same size and has neither fault. Float16 holds a number of bfloat16 exactly from 2^-17 on, and smaller ones
+    to 2^-25; above 65,504 it holds none, and `supports` says so.
+    """
+
+    kind = "bf16 as fp16"
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        self.hold(linear.weight.detach())
+
+    @staticmethod
+    def supports(linear: nn.Linear) -> bool:
+        """Whether each of the weights has a number in float16."""
+        return bool((linear.weight.abs() <= LARGEST).all())
+
+    @staticmethod
+    def is_worth_it() -> bool:
+        """Whether the processor has no units for bfloat16, and PyTorch this product."""
+        units = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return not units and torch.backends.quantized.engine in ("x86", "fbgemm")
+
+    @staticmethod
+    def pack(*what: Tensor) -> Any:
+        """The weights [out, width] as the product takes them."""
+        (weight,) = what
+        return torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+
+    @staticmethod
+    def unpack(packed: Any) -> Sequence[Tensor]:
+        """The weights [out, width] in float16."""
+        weight, _ = torch.ops.quantized.linear_unpack_fp16(packed)
+        return (weight.half(),)
+
+    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch out"]:
+        """The product, in the dtype of `x`."""
+        y: Tensor = torch.ops.apt.multiply_half(x.float(), self._number, self.out_features)
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+    @property
+    def weight(self) -> Float[Tensor, "out width"]:
+        """The weights as they are now, in bfloat16."""
+        weight: Tensor = torch.ops.apt.unpack_half(self._number, self.out_features, self.in_features)
+        return weight
