@@ -100,7 +100,7 @@ class Int8Linear(PackedLinear):
 
     def _multiply(self, x: Tensor) -> Tensor:
         # Few and cheap operations: for one token they take as long as the product of a small matrix.
-        largest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True)
+        largest = x.abs().amax(-1, keepdim=True)  # as a norm it takes eight times as long for many tokens
         step = largest.clamp_min(SMALLEST).div_(HIGHEST)
         exact = x / step
         coarse = exact.round()
