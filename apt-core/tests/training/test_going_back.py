@@ -30,15 +30,16 @@ from apt.training.trainer import RunResult, Trainer
 
 
 class Poison(Plugin):
-    """A loss that is not a number at the step `at`, once."""
+    """A loss that is not a number at the step `at`, so many `times`."""
 
     api_level: ClassVar[int] = 1
 
     at: ClassVar[int] = -1
+    times: ClassVar[int] = 1
     damages: ClassVar[Path | None] = None
     """A file that loses a bit just before."""
     _epochs: list[int] = PrivateAttr(default_factory=list)
-    _done: bool = PrivateAttr(default=False)
+    _done: int = PrivateAttr(default=0)
 
     @hookimpl
     def apt_model_built(self, model: Any) -> None:
@@ -56,9 +57,9 @@ class Poison(Plugin):
 
     @hookimpl
     def apt_loss_extra(self, state: RunState, output: Any) -> dict[str, Any]:
-        poisoned = state.step == self.at and not self._done
+        poisoned = state.step == self.at and self._done < self.times
         if poisoned:
-            self._done = True
+            self._done += 1
             if self.damages is not None:
                 content = bytearray(self.damages.read_bytes())
                 content[-1] ^= 1
@@ -66,9 +67,12 @@ class Poison(Plugin):
         return {"poison": output.logits.square().mean() * (float("nan") if poisoned else 0.0)}
 
 
-def train(profile: Path, out: Path, *sets: str, at: int = -1, damages: Path | None = None, **how: Any) -> RunResult:
+def train(
+    profile: Path, out: Path, *sets: str, at: int = -1, times: int = 1, damages: Path | None = None, **how: Any
+) -> RunResult:
     registry = Registry(discover)
-    registry.register("plugin", "poison", type("PoisonHere", (Poison,), {"at": at, "damages": damages, "__doc__": ""}))
+    here = {"at": at, "times": times, "damages": damages, "__doc__": ""}
+    registry.register("plugin", "poison", type("PoisonHere", (Poison,), here))
     words = ["plugins=[poison]", "training.on_nonfinite=rewind", "training.keep_last=9", *sets]
     loaded = load_profile(profile, sets=words, registry=registry)
     return Trainer(loaded.config, out, resolved=loaded.resolved, console=Console(file=io.StringIO()), **how).fit()
@@ -105,6 +109,15 @@ def test_going_back_over_the_end_of_an_epoch_counts_no_epoch_and_tells_no_step_t
     assert told(tmp_path / "run", "nonfinite") == [3]
     saved = read_saved(find_checkpoint(tmp_path / "run"))["progress"]
     assert saved["left_out"] == 2
+
+
+def test_what_tells_of_going_back_outlasts_going_back_to_the_same_step_again(
+    profile_file: Path, tmp_path: Path
+) -> None:
+    train(profile_file, tmp_path / "run", "training.max_epochs=3", at=6, times=2)
+    assert told(tmp_path / "run", "nonfinite") == [6, 6]
+    assert told(tmp_path / "run", "train") == list(range(1, 13))
+    assert read_saved(find_checkpoint(tmp_path / "run"))["progress"]["left_out"] == 6
 
 
 def test_it_goes_back_to_what_it_began_with_not_to_another_course_s_checkpoint(

@@ -17,7 +17,7 @@ from apt.training.peak import Utilisation
 from apt.training.phases import Certificate
 from apt.training.progress import Report
 from apt.training.ranks import Ranks
-from apt.training.record import Metrics
+from apt.training.record import NOT_FINITE, Metrics
 from apt.training.step import Done
 from apt.training.watch import SpikeDetector, Stopwatch
 
@@ -87,7 +87,7 @@ class Journal:
 
     def not_finite(self, state: RunState, action: str, what: str) -> None:
         """A step's numbers were not finite."""
-        self._note("nonfinite", state, action=action, what=what)
+        self._note(NOT_FINITE, state, action=action, what=what)
 
     def switched(self, certificate: Certificate, state: RunState) -> None:
         """What a switch changed."""

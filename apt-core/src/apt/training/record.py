@@ -27,6 +27,8 @@ from apt.training.loggers import Loggers
 
 METRICS, RECORD, CARD, PLOT = "metrics.jsonl", "record.json", "README.md", "loss.png"
 LOCK, ENVIRONMENT, GIVEN = "lock.json", "environment.txt", "profile"
+NOT_FINITE = "nonfinite"
+"""The event of numbers that were not finite, where the run goes on."""
 
 
 class Metrics:
@@ -53,6 +55,16 @@ class Metrics:
         """Leave the first `length` bytes."""
         if self._file is not None and length < self.length:
             self._file.truncate(length)
+
+    def go_back(self, length: int) -> None:
+        """Leave the first `length` bytes, and what tells beyond them of numbers that were not finite: their text stays left out."""
+        if self._file is None:
+            return
+        with Path(self._file.name).open("rb") as file:
+            file.seek(length)
+            lines = file.read().decode().splitlines(keepends=True)
+        self.cut(length)
+        self._file.write("".join(line for line in lines if json.loads(line)["event"] == NOT_FINITE))
 
     def write(self, event: str, **values: object) -> None:
         """One line, which each logger is told too. A number that is not finite becomes null, a tensor a list of its numbers."""
