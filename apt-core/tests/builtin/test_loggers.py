@@ -64,6 +64,21 @@ def test_tensorboard_holds_numbers_and_texts_and_forgets_what_was_taken_back(tmp
     assert '"d_model": 64' in seen.Tensors("profile/text_summary")[0].tensor_proto.string_val[0].decode()
 
 
+def test_tensorboard_forgets_where_a_run_goes_back(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoard().open(tmp_path, PROFILE, None)
+    for step in (1, 2, 3):
+        logger.log({**EVENTS[0], "step": step})
+    logger.go_back(1)  # type: ignore[attr-defined]
+    logger.log({**EVENTS[0], "step": 2, "loss": 1.75})
+    logger.close()
+    seen = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(each.step, each.value) for each in seen.Scalars("train/loss")] == [(1, 2.5), (2, 1.75)]
+    assert seen.Tensors("profile/text_summary")
+
+
 def test_wandb_keeps_a_run_offline_and_goes_on_with_the_same(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     tell(WandB(mode="offline", project="ours"), tmp_path)

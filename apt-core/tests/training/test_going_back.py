@@ -17,7 +17,7 @@ from rich.console import Console
 
 from apt.core.discovery import discover
 from apt.core.profile import load_profile
-from apt.core.providers import Plugin
+from apt.core.providers import LoggerProvider, Plugin
 from apt.core.registry import Registry
 from apt.data.corpus import first_batch, steps_before
 from apt.errors import AptError, CheckpointError
@@ -72,6 +72,7 @@ def train(
 ) -> RunResult:
     registry = Registry(discover)
     here = {"at": at, "times": times, "damages": damages, "__doc__": ""}
+    registry.register("logger", "forgetful", Forgetful)
     registry.register("plugin", "poison", type("PoisonHere", (Poison,), here))
     words = ["plugins=[poison]", "training.on_nonfinite=rewind", "training.keep_last=9", *sets]
     loaded = load_profile(profile, sets=words, registry=registry)
@@ -118,6 +119,30 @@ def test_what_tells_of_going_back_outlasts_going_back_to_the_same_step_again(
     assert told(tmp_path / "run", "nonfinite") == [6, 6]
     assert told(tmp_path / "run", "train") == list(range(1, 13))
     assert read_saved(find_checkpoint(tmp_path / "run"))["progress"]["left_out"] == 6
+
+
+class Forgetful(LoggerProvider):
+    """Keeps events, as long as they hold."""
+
+    api_level: ClassVar[int] = 1
+    kept: ClassVar[list[tuple[object, int]]] = []
+
+    def open(self, folder: Path, profile: object, resumed_at: int | None) -> Forgetful:  # type: ignore[override]
+        self.kept.clear()
+        return self
+
+    def log(self, event: Any) -> None:
+        self.kept.append((event["event"], event["step"]))
+
+    def go_back(self, step: int) -> None:
+        self.kept[:] = [each for each in self.kept if each[1] <= step]
+
+    def close(self) -> None: ...
+
+
+def test_a_logger_that_can_forget_holds_what_the_metrics_hold(profile_file: Path, tmp_path: Path) -> None:
+    train(profile_file, tmp_path / "run", "training.max_epochs=3", "monitoring.loggers=[forgetful]", at=6, times=2)
+    assert Forgetful.kept == [(each["event"], each["step"]) for each in read_metrics(tmp_path / "run")]
 
 
 def test_it_goes_back_to_what_it_began_with_not_to_another_course_s_checkpoint(

@@ -30,19 +30,20 @@ class TensorBoard(LoggerProvider):
         return ["tensorboard>=2.16"]
 
     def open(self, folder: Path, profile: Mapping[str, object], resumed_at: int | None) -> Logger:
-        """Begin a file; TensorBoard itself forgets what earlier files say of later steps."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        purge = None if resumed_at is None else resumed_at + 1
-        writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+        """Begin a file."""
+        logger = _TensorBoard(folder / "tensorboard", resumed_at)
         if resumed_at is None:
-            writer.add_text("profile", f"```json\n{json.dumps(profile, indent=1)}\n```", 0)
-        return _TensorBoard(writer)
+            logger.writer.add_text("profile", f"```json\n{json.dumps(profile, indent=1)}\n```", 0)
+        return logger
 
 
 class _TensorBoard:
-    def __init__(self, writer: SummaryWriter) -> None:
-        self.writer = writer
+    def __init__(self, folder: Path, after: int | None) -> None:
+        self.folder, self.writer = folder, _begin_file(folder, after)
+
+    def go_back(self, step: int) -> None:
+        self.writer.close()
+        self.writer = _begin_file(self.folder, step)
 
     def log(self, event: Mapping[str, object]) -> None:
         step = int(str(event["step"]))
@@ -53,6 +54,13 @@ class _TensorBoard:
 
     def close(self) -> None:
         self.writer.close()
+
+
+def _begin_file(folder: Path, after: int | None) -> SummaryWriter:
+    """A new file; TensorBoard itself forgets what earlier ones say of steps `after` this one."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=None if after is None else after + 1)
 
 
 class WandB(LoggerProvider):

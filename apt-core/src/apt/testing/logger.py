@@ -29,7 +29,7 @@ EVENTS: tuple[dict[str, object], ...] = (
 
 @check("logger")
 def takes_every_event(subject: Subject) -> None:
-    """It takes every form of event, is closed, and goes on where the run is resumed."""
+    """It takes every form of event, is closed, goes on where the run is resumed, and back where it can."""
     assert isinstance(subject.provider, LoggerProvider)
     with tempfile.TemporaryDirectory() as folder:
         for resumed_at in (None, 1):
@@ -37,5 +37,8 @@ def takes_every_event(subject: Subject) -> None:
             try:
                 for event in EVENTS:
                     logger.log({**event, "step": 2 if resumed_at else 1})
+                if callable(go_back := getattr(logger, "go_back", None)):
+                    go_back(1)
+                    logger.log({**EVENTS[0], "step": 2})
             finally:
                 logger.close()

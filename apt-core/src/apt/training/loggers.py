@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from apt.core.providers import Logger, LoggerProvider
@@ -35,6 +35,15 @@ class Loggers:
         """One event."""
         for name, logger in list(self._open.items()):
             self._try(name, lambda logger=logger: logger.log(event))  # type: ignore[misc]
+
+    def go_back(self, step: int, again: Sequence[Mapping[str, object]]) -> None:
+        """The run goes back to `step`. Who can forget what came after it is told those events `again` that stay."""
+        for name, logger in list(self._open.items()):
+            forget = getattr(logger, "go_back", None)
+            if callable(forget):
+                self._try(name, lambda forget=forget: forget(step))  # type: ignore[misc]
+                for event in again:
+                    self._try(name, lambda logger=logger, event=event: logger.log(event))  # type: ignore[misc]
 
     def close(self) -> None:
         """No more events."""

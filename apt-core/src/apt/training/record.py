@@ -56,15 +56,20 @@ class Metrics:
         if self._file is not None and length < self.length:
             self._file.truncate(length)
 
-    def go_back(self, length: int) -> None:
-        """Leave the first `length` bytes, and what tells beyond them of numbers that were not finite: their text stays left out."""
+    def go_back(self, length: int, step: int) -> None:
+        """To `step`, where there were `length` bytes. What tells since of numbers that were not finite stays, as their text stays
+        left out.
+        """
         if self._file is None:
             return
         with Path(self._file.name).open("rb") as file:
             file.seek(length)
-            lines = file.read().decode().splitlines(keepends=True)
+            lines = file.read().decode().splitlines()
         self.cut(length)
-        self._file.write("".join(line for line in lines if json.loads(line)["event"] == NOT_FINITE))
+        kept = [event for event in map(json.loads, lines) if event["event"] == NOT_FINITE]
+        self._file.writelines(json.dumps(event) + "\n" for event in kept)
+        if self._loggers is not None:
+            self._loggers.go_back(step, kept)
 
     def write(self, event: str, **values: object) -> None:
         """One line, which each logger is told too. A number that is not finite becomes null, a tensor a list of its numbers."""

@@ -383,7 +383,7 @@ class Trainer:
         if written is not None:
             progress = read_saved(folder)["progress"]
             metrics, spikes = progress["metrics"], progress["spikes"]
-        self.journal.metrics.go_back(metrics)
+        self.journal.metrics.go_back(metrics, self.state.step)
         self.journal.forget(spikes)
         self.journal.not_finite(at, "rewind", str(error))
         self.journal.line(f"{error}; back to step {self.state.step}, what was read since is left out")

@@ -11,7 +11,11 @@ from apt.core.provider import Provider
 
 
 class Logger(Protocol):
-    """One run's connection to what collects metrics. Only the main rank has any."""
+    """One run's connection to what collects metrics. Only the main rank has any.
+
+    It may have a method ``go_back(step)`` too, which is called where the run goes back to a checkpoint of that step
+    (``on_nonfinite: rewind``): what was logged beyond it is to be forgotten, and what stays true of it is logged again.
+    """
 
     def log(self, event: Mapping[str, object]) -> None:
         """An event as `metrics.jsonl` has it: `event`, `step`, `epoch`, and what belongs to it. `scalars` gives its numbers."""
