@@ -11,9 +11,11 @@ import pytest
 from rich.console import Console
 
 from apt.cli import main
+from apt.core.config import APTConfig
 from apt.core.profile import load_profile
 from apt.errors import CheckpointError, UserError
 from apt.training import trainer
+from apt.training.changes import BRANCH, check_changes
 from apt.training.checkpoint import digest_of, load_run, verify
 from apt.training.record import read_metrics
 from apt.training.trainer import RunResult, Trainer
@@ -87,6 +89,15 @@ def test_a_run_that_was_never_pointed_to_goes_on_in_its_own_folder(
     assert [each.name for each in out.parent.iterdir()] == ["one"]
     assert not [*out.glob(".*")]
     assert (out / "latest").read_text() == "step-000012\n"
+
+
+def test_what_changes_in_an_empty_section_is_told_by_its_values() -> None:
+    empty, filled = APTConfig(), APTConfig(schedules={"enable_moe_at_step": 8})
+    for before, after, line in (
+        (empty, filled, "schedules.enable_moe_at_step: None -> 8"),
+        (filled, empty, "schedules.enable_moe_at_step: 8 -> None"),
+    ):
+        assert check_changes(Path("run"), before, after, BRANCH) == [line]
 
 
 def test_a_branch_names_what_is_damaged(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,7 +52,8 @@ def check_changes(folder: Path, saved: APTConfig, now: APTConfig, rules: Rules) 
     before, after = (dict(_leaves(to_profile(each))) for each in (saved, now))
     for path in sorted({**before, **after}):
         old, new = before.get(path), after.get(path)
-        if old == new:
+        filled = {} in (old, new) and any(each != path and _is_below(each, path) for each in (*before, *after))
+        if old == new or filled:  # of a section that was empty, its values say what changed
             continue
         reason = next((why for prefix, why in rules.refused.items() if _is_below(path, prefix)), None)
         line = f"{path}: {old!r} -> {new!r}"
