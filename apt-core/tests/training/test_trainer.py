@@ -370,6 +370,32 @@ def test_a_loss_that_begins_between_two_lines_of_the_log_has_its_own_mean() -> N
     assert watch.read()[0] == {}
 
 
+def test_a_line_of_the_log_has_the_steps_before_a_resume_too(profile_file: Path, tmp_path: Path) -> None:
+    sets = ["monitoring.log_every=3", "training.save_every=1", "training.keep_last=9"]
+    train(profile_file, tmp_path / "run", *sets)
+    resume = str(tmp_path / "run" / "step-000004")
+    loaded = load_profile(profile_file, sets=sets)
+    Trainer(loaded.config, tmp_path / "rest", resume=resume, console=Console(file=io.StringIO())).fit()
+    whole, rest = (
+        {each["step"]: each["loss"] for each in read_metrics(tmp_path / name) if each["event"] == "train"}
+        for name in ("run", "rest")
+    )
+    assert list(whole) == [1, 3, 6, 8]
+    assert rest == {6: whole[6], 8: whole[8]}
+
+
+def test_what_one_rank_saved_of_a_line_is_taken_over_by_one_alone() -> None:
+    watch = Stopwatch()
+    watch.add("loss", torch.tensor(1.5))
+    watch.done(10)
+    saved = watch.save(lambda values: {name: 2 * value for name, value in values.items()})
+    ranks = [Stopwatch(saved, whole=whole) for whole in (True, False)]
+    for rank in ranks:
+        rank.add("loss", torch.tensor(0.5))
+    assert sum(rank.read()[0]["loss"].item() for rank in ranks) == (3.0 + 1.0) / 2
+    assert saved["tokens"] == 10
+
+
 def test_too_little_memory_says_what_to_lower(
     profile_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

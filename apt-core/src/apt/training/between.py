@@ -83,6 +83,7 @@ class Between:
 
     def save(self, state: RunState, left_out: int) -> None:
         """Write a checkpoint, or hand it to the thread that does. All ranks call it."""
+        told = self.journal.save()
         with self.journal.paused():
             randoms = self.ranks.gather(RandomState.now())
             hooks = self.hooks.save_state(state)
@@ -106,7 +107,7 @@ class Between:
                         "proven": [*self.parts.proof.proven],
                         "best": self.saver.best,
                         "metrics": self.journal.metrics.length,
-                        "spikes": self.journal.spikes,
+                        **told,
                     },
                     randoms=randoms,
                     copy=self.saver.copies,

@@ -28,7 +28,7 @@ ALWAYS = ("event", "step", "epoch")
 class Journal:
     """Notes each event of a run. Its clock runs from when it is made, and says how fast training is.
 
-    `spikes` is what `spikes` was at the checkpoint that the run goes on from.
+    `saved` is what `save` said at the checkpoint that the run goes on from.
     """
 
     def __init__(
@@ -39,16 +39,15 @@ class Journal:
         report: Report,
         utilisation: Utilisation,
         ranks: Ranks,
-        spikes: Mapping[str, Any] | None = None,
+        saved: Mapping[str, Any],
     ) -> None:
         self.resolved = resolved
         self.metrics, self.report, self.utilisation, self.ranks = metrics, report, utilisation, ranks
         self.every = config.monitoring.log_every
-        self._watch = Stopwatch()
         self._unsound: set[str] = set()
         """Metrics whose bounds were left, which is told once."""
         self._deviations = config.monitoring.spike
-        self._go_on(spikes)
+        self.go_on(saved)
 
     def line(self, text: str) -> None:
         """Print a line."""
@@ -58,18 +57,19 @@ class Journal:
         """What happens in here is not training time."""
         return self._watch.paused()
 
-    @property
-    def spikes(self) -> dict[str, Any] | None:
-        """What later losses are held against, as JSON values; None where nobody watches for spikes."""
-        return None if self._spikes is None else self._spikes.save()
+    def save(self) -> dict[str, Any]:
+        """What later steps are told with, as JSON values: what was summed since the last line, and what losses are held against,
+        None where nobody watches for spikes. All ranks call it.
+        """
+        spikes = None if self._spikes is None else self._spikes.save()
+        return {"line": self._watch.save(self.ranks.sum), "spikes": spikes}
 
-    def _go_on(self, spikes: Mapping[str, Any] | None) -> None:
-        self._spikes = None if self._deviations is None else SpikeDetector(self._deviations, saved=spikes)
-
-    def forget(self, spikes: Mapping[str, Any] | None) -> None:
-        """The run goes back to where `spikes` was this: what was summed since the last line belongs to a course that is left."""
-        self._watch.read()
-        self._go_on(spikes)
+    def go_on(self, saved: Mapping[str, Any]) -> None:
+        """From where `save` said this; what was summed since then belongs to a course that is left."""
+        self._watch = Stopwatch(saved.get("line"), whole=self.ranks.is_main)
+        self._spikes = None
+        if self._deviations is not None:
+            self._spikes = SpikeDetector(self._deviations, saved=saved.get("spikes"))
 
     def stepped(self, done: Done) -> None:
         """A step was taken: it is counted, and told where it is time to. All ranks call it."""

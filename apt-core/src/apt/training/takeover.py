@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ class Taken:
     """What a branch's parent calls the parameters whose names differ."""
     calibration: Mapping[str, Any] | None = None
     """How products were computed."""
-    spikes: Mapping[str, Any] | None = None
-    """What losses are held against, where spikes are watched for."""
+    journal: Mapping[str, Any] = field(default_factory=dict)
+    """What the journal had saved."""
 
 
 def take_over(
@@ -75,7 +75,7 @@ def take_over(
             metrics=progress.get("metrics", sys.maxsize),
             best=progress["best"] if start.has_best else None,
             calibration=progress.get("calibration"),
-            spikes=progress.get("spikes"),
+            journal=progress,
         )
     assert start.before is not None
     left_out, moved = find_place(folder, saved, start.before, config, parts)

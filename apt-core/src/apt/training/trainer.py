@@ -167,7 +167,7 @@ class Trainer:
                 self._tell_start(report)
                 utilisation = Utilisation(self.config, self.resolved, self.parts.device, ranks.size)
                 self.journal = Journal(
-                    self.config, self.resolved, metrics, report, utilisation, ranks, self.taken.spikes
+                    self.config, self.resolved, metrics, report, utilisation, ranks, self.taken.journal
                 )
                 self.between = Between(
                     self.config,
@@ -379,12 +379,12 @@ class Trainer:
         restore_random(folder, self.ranks.rank)
         self.left_out += read - self.state.step
         # What it began with may be of another run, whose metrics are not here.
-        metrics, spikes = self.journal.metrics.kept, self.taken.spikes
+        metrics, told = self.journal.metrics.kept, self.taken.journal
         if written is not None:
-            progress = read_saved(folder)["progress"]
-            metrics, spikes = progress["metrics"], progress["spikes"]
+            told = read_saved(folder)["progress"]
+            metrics = told["metrics"]
         self.journal.metrics.go_back(metrics, self.state.step)
-        self.journal.forget(spikes)
+        self.journal.go_on(told)
         self.journal.not_finite(at, "rewind", str(error))
         self.journal.line(f"{error}; back to step {self.state.step}, what was read since is left out")
 

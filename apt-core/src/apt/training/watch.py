@@ -11,15 +11,32 @@ from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
 class Stopwatch:
-    """Sums of losses, and the time that training takes, between two lines of the log."""
+    """Sums of losses, and the time that training takes, between two lines of the log.
 
-    def __init__(self) -> None:
+    `saved` is what `save` said of another, which is gone on with; of several ranks one takes over its sums (`whole`).
+    """
+
+    def __init__(self, saved: Mapping[str, Any] | None = None, *, whole: bool = True) -> None:
         self._sums: dict[str, tuple[Tensor, int]] = {}
         self._tokens, self._since = 0, time.perf_counter()
+        if saved is not None:
+            totals = {name: torch.tensor(total if whole else 0.0) for name, (total, _) in saved["sums"].items()}
+            self._sums = {name: (totals[name], steps) for name, (_, steps) in saved["sums"].items()}
+            self._tokens, self._since = saved["tokens"], self._since - saved["seconds"]
+
+    def save(self, sum_up: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> dict[str, Any]:
+        """What there is since the last line, as JSON values; `sum_up` gives the sums of all ranks."""
+        totals = sum_up({name: total for name, (total, _) in self._sums.items()})
+        return {
+            "sums": {name: [totals[name].item(), steps] for name, (_, steps) in self._sums.items()},
+            "tokens": self._tokens,
+            "seconds": time.perf_counter() - self._since,
+        }
 
     def add(self, name: str, value: Tensor) -> None:
         """A loss of a step, once a step."""
