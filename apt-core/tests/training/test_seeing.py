@@ -7,13 +7,15 @@ import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
+from apt.builtin.attention import SDPA
+from apt.builtin.ffn import MLP
 from apt.core.discovery import discover
 from apt.core.hooks import HookRunner
 from apt.core.lock import make_lock
@@ -23,7 +25,8 @@ from apt.core.registry import Registry
 from apt.errors import PluginError, ProfileError, UserError
 from apt.hookspecs import Batch, NextToken, RunState, hookimpl
 from apt.inference.generate import generate
-from apt.layers import Output
+from apt.layers import Output, Part
+from apt.modeling.block import TransformerBlock
 from apt.modeling.compose import ModelBuilder
 from apt.training.loss import LossStep
 from apt.training.peak import peak_flops, peak_of
@@ -57,6 +60,7 @@ def train(profile: Path, out: Path, *sets: str, resume: str = "never") -> tuple[
     registry = Registry(discover)
     registry.register("logger", "ours", Ours)
     registry.register("plugin", "shouts", Shouts)
+    registry.register("ffn", "loud", Loud)
     registry.register("plugin", "clashes", Clashes)
     registry.register("plugin", "asks", Asks)
     loaded = load_profile(profile, sets=sets, registry=registry)
@@ -165,6 +169,17 @@ def test_plugins_take_part_in_samples_while_they_are_on_and_change_no_weight(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+class Loud(MLP):
+    """A feed-forward layer with a loss and a metric of its own."""
+
+    def create_layer(self, *sizes: Any, **more: Any) -> Any:
+        layer: Any = super().create_layer(*sizes, **more)
+        layer.register_forward_hook(
+            lambda module, given, out: Part(out, {"noise": out.square().mean()}, {"heat": out.detach().mean()})
+        )
+        return layer
+
+
 class Clashes(Plugin):
     """Gives what nobody can take."""
 
@@ -175,6 +190,7 @@ class Clashes(Plugin):
     def apt_loss_extra(self, output: Output) -> Mapping[str, torch.Tensor]:
         loss = output.logits.square().mean()
         given = {"a loss": loss, "a number": {"odd": 0.5}, "a vector": {"odd": loss[None]}, "the loss": {"loss": loss}}
+        given["its loss"] = {"noise": loss}
         return given.get(self.gives, {})  # type: ignore[return-value]
 
     @hookimpl
@@ -183,7 +199,7 @@ class Clashes(Plugin):
 
     @hookimpl
     def apt_evaluation_end(self, metrics: dict[str, float]) -> None:
-        metrics.update({"a score": {"loss": 1.0}}.get(self.gives, {}))
+        metrics.update({"a score": {"loss": 1.0}, "theirs": {"heat": 1.0}}.get(self.gives, {}))
 
     @hookimpl
     def apt_checkpoint_save(self) -> Mapping[str, object]:
@@ -194,12 +210,14 @@ class Clashes(Plugin):
     ("gives", "message"),
     [
         ("a loss", r"plugin 'clashes' \(\(registered\) 0\) failed in apt_loss_extra at step 0: .* not losses by name"),
-        ("a number", "the added loss 'odd' is a float, not a tensor of one number"),
-        ("a vector", r"the added loss 'odd' is of shape \[1\], not a tensor"),
-        ("the loss", "two losses are called 'loss'"),
-        ("a rate", "a metric is called 'learning_rate'"),
-        ("a step", "a metric is called 'step'"),
-        ("a score", "a metric is called 'loss'"),
+        ("a number", r"plugin 'clashes' \(.*\): the added loss 'odd' is a float, not a tensor of one number"),
+        ("a vector", r"plugin 'clashes' \(.*\): the added loss 'odd' is of shape \[1\], not a tensor"),
+        ("the loss", r"two losses are called 'loss', that of the cross entropy and that of plugin 'clashes' \("),
+        ("a rate", r"called 'learning_rate', that of the trainer and that of plugin 'clashes' \("),
+        ("a step", r"two metrics of one event are called 'step', that of the trainer and that of plugin 'clashes' \("),
+        ("a score", r"called 'loss', that of the trainer and that of plugin 'clashes' \("),
+        ("theirs", r"called 'heat', that of ffn.loud \(\(registered\) 0\) and that of plugin 'clashes' \("),
+        ("its loss", r"two losses are called 'noise', that of ffn.loud \(.*\) and that of plugin 'clashes' \("),
         ("a set", "plugin 'clashes': apt_checkpoint_save returned what is neither JSON nor a tensor"),
     ],
 )
@@ -207,7 +225,22 @@ def test_what_a_plugin_gives_that_nobody_can_take_is_told_in_words(
     profile_file: Path, tmp_path: Path, gives: str, message: str
 ) -> None:
     with pytest.raises(PluginError, match=message):
-        train(profile_file, tmp_path / "run", f"plugins=[{{clashes: {{gives: {gives}}}}}]")
+        train(profile_file, tmp_path / "run", f"plugins=[{{clashes: {{gives: {gives}}}}}]", "model.ffn.provider=loud")
+
+
+@pytest.mark.parametrize("what", ["loss", "metric"])
+def test_attention_and_ffn_may_not_give_two_of_one_name(what: str) -> None:
+    def add(module: torch.nn.Module, given: object, out: torch.Tensor) -> Part:
+        return Part(out, **{"losses" if what == "loss" else "metrics": {"heat": out.mean()}})
+
+    attention = SDPA().create_layer(8, 2)
+    attention.register_forward_hook(add)  # type: ignore[attr-defined]
+    block = TransformerBlock(attention, Loud().create_layer(8, 8), *(torch.nn.LayerNorm(8) for _ in range(2)), 0.0)  # type: ignore[arg-type]
+    block.ffn.register_forward_hook(lambda module, given, out: add(module, given, out.output))
+    with pytest.raises(
+        PluginError, match=rf"attention.sdpa \(.*\) and ffn.loud \(.*\), both return a {what} called heat"
+    ):
+        block(torch.ones(1, 2, 8))
 
 
 def test_two_losses_of_one_name_are_refused(profile_file: Path) -> None:

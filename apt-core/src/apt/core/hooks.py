@@ -47,6 +47,8 @@ class HookRunner:
         self.plugins = dict(plugins or {})
         self.manager = pluggy.PluginManager(PROJECT)
         self.manager.add_hookspecs(Hooks)
+        self.gave: dict[object, str] = {}
+        """Which plugin gave a metric last, in words, by the metric's name."""
         self._trace = os.environ.get("APT_TRACE") == "1"
         # pluggy calls the one registered last first.
         for name, plugin in reversed(self.plugins.items()):
@@ -100,7 +102,7 @@ class HookRunner:
                 continue  # of another version of apt-core
             bound = getattr(plugin, attribute)
             check_hook(origin, hook, bound, options)
-            guard = _Guard(name, origin, hook, bound, self._trace)
+            guard = _Guard(name, origin, hook, bound, self._trace, self.gave)
             wrapped = guard.around() if options.get("wrapper") else guard.call()
             setattr(wrapped, MARK, options)
             setattr(guarded, attribute, wrapped)
@@ -146,6 +148,14 @@ def _compiled(hook: str, arguments: str, body: str) -> CodeType:
     return compile(f"def {hook}({arguments}):\n    {body.format(arguments)}", f"<{hook}>", "exec")
 
 
+class Losses(dict[object, object]):
+    """What a plugin returned as losses by name, and `by` which it was."""
+
+    def __init__(self, losses: Mapping[object, object], by: str) -> None:
+        super().__init__(losses)
+        self.by = by
+
+
 class _Guarded:
     """Holds guarded hooks for pluggy."""
 
@@ -153,8 +163,17 @@ class _Guarded:
 class _Guard:
     """One hook of one plugin: silent while the plugin is off, and its errors say where they come from."""
 
-    def __init__(self, plugin: str, origin: str, hook: str, bound: Callable[..., object], trace: bool) -> None:
+    def __init__(
+        self,
+        plugin: str,
+        origin: str,
+        hook: str,
+        bound: Callable[..., object],
+        trace: bool,
+        gave: dict[object, str],
+    ) -> None:
         self.plugin, self.origin, self.hook, self.bound, self.trace = plugin, origin, hook, bound, trace
+        self.gave = gave
         self.wanted = list(inspect.signature(bound).parameters)
         self.note = f"said by {origin} in {hook}"
         # The state is asked for even where the plugin does not: it says what is on, and which step it is.
@@ -169,9 +188,14 @@ class _Guard:
             if self._is_off(arguments):
                 return None
             with self._watched(arguments):
+                known = self._metrics(arguments)
                 result = self.bound(*(arguments[name] for name in self.wanted))
-                if self.hook == "apt_loss_extra" and not isinstance(result, Mapping | None):
-                    raise TypeError(f"returned a {type(result).__name__}, not losses by name")
+                changed = (name for name, value in self._metrics(arguments).items() if known.get(name) is not value)
+                self.gave.update(dict.fromkeys(changed, self.origin))
+                if self.hook == "apt_loss_extra" and result is not None:
+                    if not isinstance(result, Mapping):
+                        raise TypeError(f"returned a {type(result).__name__}, not losses by name")
+                    return Losses(result, self.origin)
                 return result
 
         return self._named(call, "return run({})")
@@ -203,6 +227,11 @@ class _Guard:
             raise PluginError(f"{self.origin}: the wrapper {self.hook} yields more than once")
 
         return self._named(around, "return (yield from run({}))")
+
+    def _metrics(self, arguments: Mapping[str, object]) -> dict[object, object]:
+        """The metrics that the hook may add to, as they stand."""
+        metrics = arguments.get("metrics")
+        return dict(metrics) if isinstance(metrics, Mapping) else {}
 
     def _named(self, run: Callable[..., object], body: str) -> Callable[..., object]:
         """`run` as a function of named arguments, which is what pluggy reads from a function's code."""

@@ -51,6 +51,12 @@ def record_of(provider: Provider) -> ProviderRecord:
     return registered(found.kind, provider.get_name(), f"{found.__module__}:{found.__qualname__}")
 
 
+def describe(provider: Provider) -> str:
+    """Which it is, and where it came from: ``router.topk_default (apt-moe 0.1.0)``."""
+    record = record_of(provider)
+    return f"{record.key} ({record.distribution} {record.version})"
+
+
 def read_choice(kind: str, value: object) -> Choice:
     """A nested provider as YAML gives it: its name, or ``{provider: name, fallback: [...], **options}``.
 

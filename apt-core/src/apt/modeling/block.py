@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NoReturn
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from apt.core.provider import Provider
+from apt.core.resolution import describe
+from apt.errors import PluginError
 from apt.layers import LayerCache, Part, as_part
 from apt.layers.cache import MemoryCache
 
@@ -74,10 +78,18 @@ class TransformerBlock(nn.Module):
         losses = {**attended.losses, **mapped.losses}
         metrics = {**attended.metrics, **mapped.metrics}
         if len(losses) < len(attended.losses) + len(mapped.losses):
-            raise ValueError(
-                f"attention and ffn both return a loss called {sorted(set(attended.losses) & set(mapped.losses))}"
-            )
+            self._refuse("loss", set(attended.losses) & set(mapped.losses))
+        if len(metrics) < len(attended.metrics) + len(mapped.metrics):
+            self._refuse("metric", set(attended.metrics) & set(mapped.metrics))
         return Part(x + self._drop(mapped.output), losses, metrics)
+
+    def _refuse(self, what: str, names: Iterable[str]) -> NoReturn:
+        """Raise `PluginError` for what two parts give under one name: one would stand for the other."""
+        makers = (getattr(part, "apt_provider", None) for part in (self.attention, self.ffn))
+        both = " and ".join(
+            describe(each) if isinstance(each, Provider) else "a layer of no provider" for each in makers
+        )
+        raise PluginError(f"attention and ffn, {both}, both return a {what} called {', '.join(sorted(names))}")
 
     def _drop(self, x: Tensor) -> Tensor:
         """Without dropout not even a module is called: in eager training of a GPU calls are what is scarce."""

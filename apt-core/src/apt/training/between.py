@@ -10,11 +10,13 @@ from pathlib import Path
 from apt.core.config import APTConfig
 from apt.core.hooks import HookRunner
 from apt.core.resolve import Resolved
+from apt.data.batches import send, windows
 from apt.errors import AptError, NotFiniteError
 from apt.hookspecs import RunState
 from apt.training.assembly import Assembly
 from apt.training.card import write_samples
 from apt.training.evaluate import Score, evaluate, untouched
+from apt.training.guard import find_makers
 from apt.training.journal import Journal
 from apt.training.randoms import RandomState
 from apt.training.ranks import Ranks
@@ -76,10 +78,16 @@ class Between:
                     f"step {state.step}: the held-out loss is {scored.loss}, though training's was finite: the weights of "
                     "the last steps are broken"
                 )
-            self.journal.evaluated(state, scored, seen, extra)
+            self.journal.evaluated(state, scored, seen, extra, self._whose)
             self.scored, self._scored_at = scored, state.step
             if self.config.evaluation.samples and self.ranks.is_main:
                 self._sample(state)
+
+    def _whose(self, metric: str) -> str:
+        """Which parts give a metric of the model, in words."""
+        batches = windows(self.parts.validation, self.config.max_seq_len, self.config.training.batch_size, 1)
+        batch = next(iter(batches)).map(lambda each: send(each, self.parts.device))
+        return find_makers(self.parts.model, batch, metric)
 
     def save(self, state: RunState, left_out: int) -> None:
         """Write a checkpoint, or hand it to the thread that does. All ranks call it."""

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from apt.core.resolution import record_of
+from apt.core.resolution import describe
 from apt.errors import UserError
 from apt.hookspecs import Batch
-from apt.layers import as_part
+from apt.layers import Part, as_part
 from apt.layers.sharded import let_go, local
 from apt.modeling.parts import BoundPart, find_parts
 from apt.training.evaluate import untouched
@@ -48,8 +48,7 @@ def find_source(
         def hook(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
             results = [output] if isinstance(output, Tensor) else [as_part(output).output] if output else []  # type: ignore[arg-type]
             if not first and any(not bool(each.isfinite().all()) for each in results):
-                record = record_of(part.provider)
-                first.append(f"{record.key} ({record.distribution} {record.version}), {part.path}")
+                first.append(f"{describe(part.provider)}, {part.path}")
 
         return part.module.register_forward_hook(hook)
 
@@ -84,9 +83,32 @@ def _gradients(model: nn.Module) -> str:
     if not broken:
         return ""
     more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-    makers = [record_of(part.provider) for part in parts if broken[0].startswith(f"{part.path}.")]
-    made = f", which {makers[-1].key} ({makers[-1].distribution} {makers[-1].version}) made" if makers else ""
+    makers = [part.provider for part in parts if broken[0].startswith(f"{part.path}.")]
+    made = f", which {describe(makers[-1])} made" if makers else ""
     return f"every output is finite; in the gradients of {', '.join(broken[:3])}{more}{made}"
+
+
+@torch.no_grad()
+def find_makers(model: nn.Module, batch: Batch, name: str) -> str:
+    """Whose modules return a loss or a metric of this name on a batch, in words; nothing is left changed."""
+    found: dict[str, None] = {}
+
+    def note(part: BoundPart) -> RemovableHandle:
+        def hook(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+            if isinstance(output, Part) and (name in output.losses or name in output.metrics):
+                found[describe(part.provider)] = None
+
+        return part.module.register_forward_hook(hook)
+
+    handles = [note(part) for part in find_parts(model)]
+    with untouched(model), torch.compiler.set_stance("force_eager"):
+        try:
+            model(*batch.inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+            let_go(model)
+    return " and ".join(found) or "a part of the model"
 
 
 @contextlib.contextmanager

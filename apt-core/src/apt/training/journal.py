@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -28,7 +28,7 @@ ALWAYS = ("event", "step", "epoch")
 class Journal:
     """Notes each event of a run. Its clock runs from when it is made, and says how fast training is.
 
-    `saved` is what `save` said at the checkpoint that the run goes on from.
+    `saved` is what `save` said at the checkpoint that the run goes on from; `gave` says which plugin gave a metric.
     """
 
     def __init__(
@@ -40,8 +40,9 @@ class Journal:
         utilisation: Utilisation,
         ranks: Ranks,
         saved: Mapping[str, Any],
+        gave: Mapping[object, str],
     ) -> None:
-        self.resolved = resolved
+        self.resolved, self.gave = resolved, gave
         self.metrics, self.report, self.utilisation, self.ranks = metrics, report, utilisation, ranks
         self.every = config.monitoring.log_every
         self._unsound: set[str] = set()
@@ -100,12 +101,19 @@ class Journal:
             "tolerance": certificate.tolerance,
             "holds": certificate.holds,
         }
-        _add(certificate.metrics, facts)
+        _join(facts, (certificate.metrics, lambda _: f"a part that {certificate.plugin} switches on"))
         self._note("switch", state, **facts)
         self.line(str(certificate))
 
-    def evaluated(self, state: RunState, scored: Score, seen: Mapping[str, Tensor], extra: Mapping[str, float]) -> None:
-        """The held-out loss, with the model's metrics and the plugins'."""
+    def evaluated(
+        self,
+        state: RunState,
+        scored: Score,
+        seen: Mapping[str, Tensor],
+        extra: Mapping[str, float],
+        whose: Callable[[str], str],
+    ) -> None:
+        """The held-out loss, with the model's metrics, of which `whose` says whose one is, and the plugins'."""
         facts = {
             "split": "validation",
             "loss": scored.loss,
@@ -113,8 +121,7 @@ class Journal:
             "values": dict(state.values),
             "plugins_on": list(state.plugins_on),
         }
-        _add({name: metric.tolist() for name, metric in seen.items()}, facts)
-        _add(extra, facts)
+        _join(facts, ({name: metric.tolist() for name, metric in seen.items()}, whose), (extra, self._plugin_of))
         self._note("evaluation", state, **facts)
         self.line(
             f"step {state.step}: held-out loss {scored.loss:.4f} nats a token, {scored.bits_per_byte:.4f} bits a byte"
@@ -135,6 +142,9 @@ class Journal:
         """What the model wrote."""
         self._note("sample", state, text=text)
 
+    def _plugin_of(self, metric: str) -> str:
+        return self.gave.get(metric, "a plugin")
+
     def _note(self, event: str, state: RunState, /, **facts: object) -> None:
         """An event, and where the run stood."""
         self.metrics.write(event, step=state.step, epoch=state.epoch, **facts)
@@ -154,16 +164,22 @@ class Journal:
             "values": dict(state.values),
             "plugins_on": list(state.plugins_on),
         }
-        _add(done.metrics, facts)
+        _join(facts, (done.metrics, self._plugin_of))
         self._note("train", state, **facts)
         self.report.step(state, seen["loss"], speed, used, done.rate)
 
 
-def _add(metrics: Mapping[str, object], to: dict[str, object]) -> None:
-    """Raises `PluginError` for a name that an event has already: what it says would be lost."""
-    for name, value in metrics.items():
-        if name in to or name in ALWAYS:
-            raise PluginError(
-                f"a metric is called {name!r}, as something else of its event is; give it a name of its own"
-            )
-        to[name] = value
+def _join(facts: dict[str, object], *given: tuple[Mapping[str, object], Callable[[str], str]]) -> None:
+    """Add metrics to the facts of an event, each lot with who says whose one of them is.
+
+    Raises `PluginError` for two of one name: what one says would be lost.
+    """
+    owners: dict[str, Callable[[str], str]] = dict.fromkeys((*ALWAYS, *facts), lambda _: "the trainer")
+    for metrics, whose in given:
+        for name, value in metrics.items():
+            if name in owners:
+                both = f"that of {owners[name](name)} and that of {whose(name)}"
+                raise PluginError(
+                    f"two metrics of one event are called {name!r}, {both}; give what a part or plugin adds a name of its own"
+                )
+            owners[name], facts[name] = whose, value

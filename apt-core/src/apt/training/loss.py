@@ -13,6 +13,7 @@ from apt.errors import PluginError
 from apt.hookspecs import Batch, RunState
 from apt.layers import Output
 from apt.modeling.model import Decoder
+from apt.training.guard import find_makers
 
 
 class LossStep(nn.Module):
@@ -52,23 +53,34 @@ class LossStep(nn.Module):
                     loss = self._fused(output.logits, targets)
             else:
                 loss = mean_loss(output.logits, targets)
-            shares = {"loss": loss * weight}
-            _add(output.losses, shares, extra_weight)
+            shares, whose = {"loss": loss * weight}, {"loss": "the cross entropy"}
             hook = self.hooks.hook.apt_loss_extra
-            for losses in hook(state=state, model=self.model, batch=batch, output=output):
-                _add(losses, shares, weight)
+            added = hook(state=state, model=self.model, batch=batch, output=output)
+            for losses, share in ((output.losses, extra_weight), *((each, weight) for each in added)):
+                who = _PARTS if losses is output.losses else getattr(losses, "by", "a plugin")
+                for name, each in losses.items():
+                    self._check(name, each, who, whose, batch)
+                    shares[name], whose[name] = each * share, who
         first, *others = shares.values()
         return sum(others, start=first), {name: each.detach() for name, each in shares.items()}
 
+    def _check(self, name: str, loss: object, who: str, whose: Mapping[str, str], batch: Batch) -> None:
+        """Raises `PluginError` for what is no loss, and for one whose name is taken: it would stand for the other."""
 
-def _add(losses: Mapping[str, Tensor], shares: dict[str, Tensor], weight: float) -> None:
-    """Raises `PluginError` for what is no loss, and for one whose name is taken: it would stand for the other."""
-    for name, loss in losses.items():
+        def tell(owner: str) -> str:
+            return find_makers(self.model, batch, name) if owner == _PARTS else owner
+
         if not isinstance(loss, Tensor) or loss.dim():
-            raise PluginError(f"the added loss {name!r} is {_said(loss)}, not a tensor of one number")
-        if name in shares:
-            raise PluginError(f"two losses are called {name!r}; give what a part or plugin adds a name of its own")
-        shares[name] = loss * weight
+            raise PluginError(f"{tell(who)}: the added loss {name!r} is {_said(loss)}, not a tensor of one number")
+        if name in whose:
+            both = f"that of {tell(whose[name])} and that of {tell(who)}"
+            raise PluginError(
+                f"two losses are called {name!r}, {both}; give what a part or plugin adds a name of its own"
+            )
+
+
+_PARTS = ""
+"""Who returned the losses of the model's parts, until it is asked which part."""
 
 
 def _said(value: object) -> str:

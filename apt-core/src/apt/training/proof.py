@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from apt.core.provider import Provider
 from apt.core.providers import Plugin
-from apt.core.registry import record_of
+from apt.core.resolution import describe
 from apt.errors import ProofOfUseError
 from apt.hookspecs import RunState
 from apt.layers.sharded import local
@@ -137,13 +137,13 @@ class ProofOfUse:
         due = [each for each in due if each.module not in idle]
         self.awaited = [each for each in self.awaited if each not in due]
         return [
-            f"{_name(each.provider)}, {each.where}: declares the loss {each.name!r}, which did not arrive"
+            f"{describe(each.provider)}, {each.where}: declares the loss {each.name!r}, which did not arrive"
             for each in due
             if each.name not in losses
         ]
 
     def _faults(self, part: BoundPart, idle: Collection[nn.Module]) -> list[str]:
-        who = f"{_name(part.provider)}, {part.path}"
+        who = f"{describe(part.provider)}, {part.path}"
         if part.module not in self._ran:
             return [f"{who}: its module did not run"]
         faults = []
@@ -169,8 +169,3 @@ class ProofOfUse:
 
     def _note(self, module: nn.Module, *_: object) -> None:
         self._ran.add(module)
-
-
-def _name(provider: Provider) -> str:
-    record = record_of(provider)
-    return f"{record.key} ({record.distribution} {record.version})"

@@ -166,9 +166,8 @@ class Trainer:
             ):
                 self._tell_start(report)
                 utilisation = Utilisation(self.config, self.resolved, self.parts.device, ranks.size)
-                self.journal = Journal(
-                    self.config, self.resolved, metrics, report, utilisation, ranks, self.taken.journal
-                )
+                saved, gave = self.taken.journal, self.hooks.gave
+                self.journal = Journal(self.config, self.resolved, metrics, report, utilisation, ranks, saved, gave)
                 self.between = Between(
                     self.config,
                     self.resolved,
