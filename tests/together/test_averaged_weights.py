@@ -107,6 +107,28 @@ def test_the_memory_that_check_foretells_holds_them(run: Path, capsys: pytest.Ca
     assert f"averaged weights {size(held)}, " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("align", "parallel", "split"),
+    [
+        ("mean_teacher", "{parallel: fsdp}", "all"),
+        ("mean_teacher", "{parallel: ddp, expert_parallel: 2}", "experts"),
+        ("mean_teacher", "{parallel: ddp}", "nothing"),
+        ("{provider: bistate_default, state: layer, layer: 0}", "{parallel: fsdp}", "nothing"),
+    ],
+)
+def test_the_memory_that_check_foretells_holds_what_makes_room_for_them_where_weights_are_split(
+    tmp_path: Path, align: str, parallel: str, split: str
+) -> None:
+    path = tmp_path / "split.yaml"
+    path.write_text(EXPERTS.format(more=""))
+    loaded = load_profile(path, sets=[f"hardware={parallel}", "plugins=[moe, align]", f"model.align={align}"])
+    cost = estimate(loaded.config, resolve_config(loaded.config))
+    expected = {"all": cost.weights, "experts": 4 * (2 * 4 * 3 * 16 * 24), "nothing": 0}[split]
+    assert cost.set_aside == expected
+    rest = cost.weights + cost.gradients + cost.optimizer + cost.averages + cost.activations
+    assert cost.training_memory == rest + expected
+
+
 def test_chat_and_generate_speak_with_them(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -303,6 +303,7 @@ def _check(arguments: argparse.Namespace) -> int:
         print(_align_cost(cost))
     batch = config.training.batch_size
     averages = f"averaged weights {size(cost.averages)}, " if cost.averages else ""
+    averages += f"the model's own while those teach {size(cost.set_aside)}, " if cost.set_aside else ""
     print(
         f"\nmemory of training, batches of {batch} x {config.max_seq_len}: {size(cost.training_memory)} "
         f"(weights {size(cost.weights)}, gradients {size(cost.gradients)}, optimizer {size(cost.optimizer)}, "

@@ -38,6 +38,8 @@ class Estimate:
     """Two moments a parameter; one for the matrices that Muon trains."""
     averages: int
     """Copies of the weights that alignment keeps, such as their average; checkpoints hold them too."""
+    set_aside: int
+    """The model's own weights while the averaged ones teach: where ranks split them, those stand in their place."""
     activations: int
     cache_per_token: int
     step_cost: float
@@ -63,7 +65,7 @@ class Estimate:
     @property
     def training_memory(self) -> int:
         """The peak of a training step, beside what PyTorch itself takes."""
-        return self.weights + self.gradients + self.optimizer + self.averages + self.activations
+        return self.weights + self.gradients + self.optimizer + self.averages + self.set_aside + self.activations
 
 
 def estimate(config: APTConfig, resolved: Resolved) -> Estimate:
@@ -124,9 +126,13 @@ def estimate(config: APTConfig, resolved: Resolved) -> Estimate:
         step_cost, extra_passes = align.get_step_cost(), align.get_extra_passes()
         copies = align.get_weight_copies()
     kept_passes = 1 + extra_passes[1]
+    stacked = sum(each.get_stacked_parameter_count(width, config.d_ff) for each in ffns)
+    split = stacked if config.hardware.expert_parallel > 1 else 0
+    if config.hardware.parallel == "fsdp":
+        split = parameters
+    teaches = copies and extra_passes[0] > extra_passes[1]  # in a pass that nothing is learnt from
     matrices = 0
     if config.training.optimizer == "muon":
-        stacked = sum(each.get_stacked_parameter_count(width, config.d_ff) for each in ffns)
         matrices = sum(part.parameters for part in parts if part.part in ("attention", "ffn")) - stacked
     return Estimate(
         parts=tuple(parts),
@@ -134,6 +140,7 @@ def estimate(config: APTConfig, resolved: Resolved) -> Estimate:
         gradients=BYTES * parameters,
         optimizer=BYTES * (2 * parameters - matrices),
         averages=BYTES * copies * parameters,
+        set_aside=BYTES * split if teaches else 0,
         activations=kept_passes * _activations(config, attention, ffns),
         cache_per_token=BYTES * config.num_blocks * attention.get_cache_size(width, config.num_heads),
         step_cost=step_cost,
