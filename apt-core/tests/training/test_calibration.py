@@ -117,6 +117,10 @@ def test_bfloat16_is_compared_with_float32_and_has_one_route(profile_file: Path)
     assert told == (times[0] >= times[1])
 
 
+def refuse(*arguments: object) -> torch.Tensor:
+    raise AssertionError("measured, or read")
+
+
 def test_the_choice_is_printed_recorded_and_kept_to_the_last_bit(profile_file: Path, tmp_path: Path) -> None:
     whole, printed = train(profile_file, tmp_path / "whole")
     assert "matmul: products by" in printed
@@ -134,7 +138,7 @@ def test_the_choice_is_printed_recorded_and_kept_to_the_last_bit(profile_file: P
     config = load_profile(profile_file, sets=["hardware.matmul=auto"]).config
     model = ModelBuilder(config).build_model()
     console = Console(file=io.StringIO(), width=200)
-    settled = settle(model, torch.zeros(2, 16, dtype=torch.long), config, kept, Ranks(), console)
+    settled = settle(model, refuse, config, kept, Ranks(), console)
     assert settled.ways == other
     assert settled.lines == ("as before",)
 
@@ -154,7 +158,7 @@ def test_another_machine_measures_anew_and_says_so(profile_file: Path) -> None:
     measured = calibrate(model, tokens, config)
     elsewhere = Calibration(Machine("another", 64, "2.0"), "fp32", "onednn", {}, measured.figures, ())
     console = Console(file=io.StringIO(), width=200)
-    settled = settle(model, tokens, config, elsewhere.to_dict(), Ranks(), console)
+    settled = settle(model, lambda: tokens, config, elsewhere.to_dict(), Ranks(), console)
     assert isinstance(console.file, io.StringIO)
     assert "other conditions and is measured anew" in console.file.getvalue()
     assert settled.machine == Machine.now()
@@ -171,21 +175,17 @@ class TwoProcessors(Ranks):
 def test_ranks_with_different_processors_take_the_defaults(profile_file: Path) -> None:
     config = load_profile(profile_file, sets=["hardware.matmul=auto"]).config
     model = ModelBuilder(config).build_model()
-    settled = settle(
-        model, torch.zeros(2, 16, dtype=torch.long), config, None, TwoProcessors(0, 2), Console(file=io.StringIO())
-    )
+    tokens, quiet = torch.zeros(2, 16, dtype=torch.long), Console(file=io.StringIO())
+    settled = settle(model, lambda: tokens, config, None, TwoProcessors(0, 2), quiet)
     assert (settled.route, settled.ways) == ("default", {})
     assert "different processors" in settled.lines[0]
 
 
-def test_strict_measures_nothing(profile_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: object) -> None:
-        raise AssertionError("measured")
-
+def test_strict_measures_and_reads_nothing(profile_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "calibrate", refuse)
     config: APTConfig = load_profile(profile_file).config
     model = ModelBuilder(config).build_model()
-    settled = settle(model, torch.zeros(2, 16, dtype=torch.long), config, None, Ranks(), Console(file=io.StringIO()))
+    settled = settle(model, refuse, config, None, Ranks(), Console(file=io.StringIO()))
     assert (settled.route, settled.ways, settled.figures, settled.lines) == ("default", {}, (), ())
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -122,9 +122,15 @@ def calibrate(model: Decoder, tokens: Tensor, config: APTConfig) -> Calibration:
 
 
 def settle(
-    model: Decoder, tokens: Tensor, config: APTConfig, kept: Mapping[str, Any] | None, ranks: Ranks, console: Console
+    model: Decoder,
+    read: Callable[[], Tensor],
+    config: APTConfig,
+    kept: Mapping[str, Any] | None,
+    ranks: Ranks,
+    console: Console,
 ) -> Calibration:
-    """How a run computes: as the checkpoint that it goes on from has `kept` it, else measured now, the same on all ranks.
+    """How a run computes: as the checkpoint that it goes on from has `kept` it, else measured now on the tokens [batch, seq] that
+    `read` gives, the same on all ranks.
 
     Under `strict` nothing is measured. What was chosen is printed.
     """
@@ -139,7 +145,7 @@ def settle(
         if before is not None:
             _say(console, "the run goes on under other conditions and is measured anew: its last bits may be others")
         with console.status("measuring how this machine multiplies best"):
-            measured = calibrate(model, tokens, config).to_dict()
+            measured = calibrate(model, read(), config).to_dict()
         chosen, *others = (Calibration.from_dict(each) for each in ranks.gather(measured) if isinstance(each, dict))
         if any(each.machine.processor != chosen.machine.processor for each in others):
             chosen = replace(strict, lines=("the ranks have different processors: PyTorch's defaults are taken",))

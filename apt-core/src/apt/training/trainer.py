@@ -260,8 +260,10 @@ class Trainer:
             self._warn(line)
         self.taken = Taken() if self.start.checkpoint is None else self._go_on(self.start.checkpoint)
         self.left_out, self.saver.best = self.taken.left_out, self.taken.best
-        tokens = ranks.share(parts.batches.get(0).tokens).to(parts.device)
-        self.calibration = settle(parts.model, tokens, config, self.taken.calibration, ranks, self.console)
+        self.calibration = settle(
+            *(parts.model, lambda: ranks.share(parts.batches.get(0).tokens).to(parts.device), config),
+            *(self.taken.calibration, ranks, self.console),
+        )
         if config.training.compile:
             # Above PyTorch's own limit of 8 blocks would run uncompiled, with a line in its log.
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
