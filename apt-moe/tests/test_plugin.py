@@ -1,5 +1,6 @@
 """The switch in mid-run, on a real model with a real optimizer."""
 
+import json
 import re
 
 import pytest
@@ -183,6 +184,27 @@ def test_what_training_dropped_is_told_at_the_next_evaluation_and_then_forgotten
     plugin.apt_evaluation_end(again)
     assert not again
     plugin.apt_loss_extra(output)
-    plugin.apt_training_start(RunState(0, 0, 1, 1))  # of another run, with the same plugin
+    plugin.apt_model_built()  # of another run, with the same plugin
     plugin.apt_evaluation_end(again)
     assert not again
+
+
+def test_what_training_dropped_before_a_resume_is_told_too() -> None:
+    whole, first, rest = MoEPlugin(), MoEPlugin(), MoEPlugin()
+
+    def drop(share: float, *plugins: MoEPlugin) -> None:
+        for plugin in plugins:
+            plugin.apt_loss_extra(Output(torch.zeros(1), torch.zeros(1), {}, {"moe_dropped": torch.tensor(share)}))
+
+    for share in (0.1, 0.3):
+        drop(share, whole, first)
+    rest.apt_checkpoint_load(json.loads(json.dumps(first.apt_checkpoint_save())))
+    drop(0.35, whole, rest)
+    drop(0.9, first)  # of a course that is left
+    first.apt_checkpoint_load(MoEPlugin().apt_checkpoint_save())
+    drop(0.5, first)
+    told: list[dict[str, float]] = [{}, {}, {}]
+    for plugin, metrics in zip((whole, rest, first), told, strict=True):
+        plugin.apt_evaluation_end(metrics)
+    assert told[0] == told[1] == {"moe_dropped_in_training": pytest.approx(0.25)}
+    assert told[2] == {"moe_dropped_in_training": 0.5}

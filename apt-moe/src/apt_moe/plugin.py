@@ -5,6 +5,7 @@ It also takes the steps of routers that balance the load without a loss.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import PrivateAttr
@@ -42,7 +43,7 @@ class MoEPlugin(Plugin):
     api_level: ClassVar[int] = 1
 
     _dropped: Any = PrivateAttr(default=None)  # a tensor; its type is not known without PyTorch
-    _micro_batches: int = PrivateAttr(default=0)
+    _micro_batches: float = PrivateAttr(default=0.0)
 
     @hookimpl
     def apt_config_resolved(self, config: APTConfig) -> None:
@@ -69,9 +70,9 @@ class MoEPlugin(Plugin):
             raise ProfileError(faults)
 
     @hookimpl
-    def apt_training_start(self, state: RunState) -> None:
+    def apt_model_built(self) -> None:
         """Forget what a run before this one dropped: a process may train one model after another with the same plugin."""
-        self._dropped, self._micro_batches = None, 0
+        self._dropped, self._micro_batches = None, 0.0
 
     @hookimpl
     def apt_phase_changed(self, state: RunState, plugin: str, model: nn.Module, optimizer: Optimizer) -> None:
@@ -96,14 +97,36 @@ class MoEPlugin(Plugin):
         """Report the share of assignments that training has dropped since the last evaluation, of all ranks."""
         if self._dropped is None:
             return
+        total, count = self._sum_up()
+        metrics["moe_dropped_in_training"] = total / count
+        self._dropped, self._micro_batches = None, 0.0
+
+    @hookimpl
+    def apt_checkpoint_save(self) -> Mapping[str, object]:
+        """What was dropped since the last evaluation, of all ranks."""
+        total, count = (0.0, 0.0) if self._dropped is None else self._sum_up()
+        return {"dropped": total, "micro_batches": count}
+
+    @hookimpl
+    def apt_checkpoint_load(self, saved: Mapping[str, Any]) -> None:
+        """What was dropped until then; each rank takes an equal share of it."""
+        import torch
+
+        from apt_moe.functional import over_ranks
+
+        num_ranks = int(over_ranks(torch.ones(())))
+        self._dropped = torch.tensor(saved["dropped"] / num_ranks) if saved["micro_batches"] else None
+        self._micro_batches = saved["micro_batches"] / num_ranks
+
+    def _sum_up(self) -> tuple[float, float]:
+        """The sum of the shares, and how many micro-batches they are of, over all ranks."""
         import torch
 
         from apt_moe.functional import over_ranks
 
         sums = torch.stack((self._dropped.float(), self._dropped.new_tensor(self._micro_batches).float()))
         total, count = over_ranks(sums).tolist()
-        metrics["moe_dropped_in_training"] = total / count
-        self._dropped, self._micro_batches = None, 0
+        return total, count
 
     @hookimpl
     def apt_step_end(self, state: RunState, model: nn.Module, metrics: dict[str, float]) -> None:
