@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from apt.cli import main
 from apt.errors import UserError
@@ -124,6 +125,24 @@ def test_shards_are_read_through_their_index(exported: Path, tmp_path: Path) -> 
         logits(loaded(import_model("hf", folder, tmp_path / "a"))),
         logits(loaded(import_model("hf", exported, tmp_path / "b"))),
     )
+
+
+def test_shards_that_are_not_as_their_index_says_are_named(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy(exported, tmp_path / "hf")
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        where = dict.fromkeys(file.keys(), "model.safetensors")
+    first = "model.embed_tokens.weight"
+    for changed, message in (
+        ({**where, first: "gone.safetensors"}, "gone.safetensors: is not there, and model.safetensors.index.json says"),
+        ({**where, first: "config.json"}, "config.json: is not a safetensors file"),
+        ({**where, "model.layers.0.self_attn.q_proj.bias": "model.safetensors"}, "q_proj.bias"),
+        ([], "has no weight_map"),
+    ):
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": changed}))
+        assert main(["import", "hf", str(folder), "--out", str(tmp_path / message)]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_the_ids_that_end_a_text_are_those_of_the_generation_config_too(exported: Path, tmp_path: Path) -> None:

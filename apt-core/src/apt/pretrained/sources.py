@@ -57,8 +57,11 @@ def open_folder(path: Path, stack: ExitStack) -> Source:
             raise UserError(f"{path}: has no tensor {name}, which a Llama has")
         file = where[name]
         if file not in files:
-            files[file] = stack.enter_context(safe_open(path / file, framework="pt"))
-        tensor: Tensor = files[file].get_tensor(name)
+            files[file] = stack.enter_context(_open(path / file))
+        try:
+            tensor: Tensor = files[file].get_tensor(name)
+        except SafetensorError as error:
+            raise UserError(f"{path / file}: {name} cannot be read, which {INDEX} says is there: {error}") from error
         return tensor
 
     tokenizer = _tokenizer(path)
@@ -68,17 +71,29 @@ def open_folder(path: Path, stack: ExitStack) -> Source:
 def _shards(path: Path) -> dict[str, str]:
     """Tensor -> the file that holds it."""
     if (path / INDEX).is_file():
-        return {str(name): str(file) for name, file in _read(path / INDEX).get("weight_map", {}).items()}
+        shards = _read(path / INDEX).get("weight_map")
+        if not isinstance(shards, dict):
+            raise UserError(f"{path / INDEX}: has no weight_map, which says what file holds a tensor")
+        return {str(name): str(file) for name, file in shards.items()}
     if not (path / SINGLE).is_file():
         raise UserError(
             f"{path}: holds neither {SINGLE} nor {INDEX}; weights in pickles (.bin) are not read: convert them with "
             "transformers' save_pretrained"
         )
+    with _open(path / SINGLE) as file:
+        return dict.fromkeys(file.keys(), SINGLE)
+
+
+def _open(path: Path) -> Any:
+    """The tensors of a file, as a context. Raises `UserError` where it is missing, or holds something else."""
+    if not path.is_file():
+        raise UserError(f"{path}: is not there, and {INDEX} says that it holds tensors")
     try:
-        with safe_open(path / SINGLE, framework="pt") as file:
-            return dict.fromkeys(file.keys(), SINGLE)
+        return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise UserError(f"{path / SINGLE}: is not a safetensors file: {error}") from error
+        raise UserError(f"{path}: is not a safetensors file: {error}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
 
 
 def _tokenizer(path: Path) -> PretrainedTokenizer:
