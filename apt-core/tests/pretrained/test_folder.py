@@ -141,8 +141,9 @@ def test_shards_that_are_not_as_their_index_says_are_named(
         ([], "has no weight_map"),
     ):
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": changed}))
-        assert main(["import", "hf", str(folder), "--out", str(tmp_path / message)]) == 2
+        assert main(["import", "hf", str(folder), "--out", str(tmp_path / "run")]) == 2
         assert message in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
 
 
 def test_the_ids_that_end_a_text_are_those_of_the_generation_config_too(exported: Path, tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal, cast
 
@@ -43,7 +43,7 @@ def import_model(
     to_new_folder(out)
     if not path.exists():
         raise UserError(f"{path}: there is no such file or folder")
-    with ExitStack() as stack:
+    with ExitStack() as stack, _emptied(out):
         tell(f"reading {path}")
         source = open_gguf(path) if form == "gguf" else open_folder(path, stack)
         profile = _profile(source, out, form, sets)
@@ -88,6 +88,19 @@ def import_model(
     return write_snapshot(out, snapshot)
 
 
+@contextmanager
+def _emptied(out: Path) -> Iterator[None]:
+    """Leave nothing in the run's folder where the source is refused, so that it may be tried again."""
+    was_there = out.exists()
+    try:
+        yield
+    except BaseException:
+        (out / PROFILE).unlink(missing_ok=True)
+        if out.exists() and not was_there:
+            out.rmdir()
+        raise
+
+
 def _profile(source: Source, out: Path, form: Format, sets: Sequence[str]) -> Profile:
     """The profile, written to the run and read again, so that it is checked as any other."""
     tokenizer: dict[str, object] = {
@@ -112,11 +125,7 @@ def _profile(source: Source, out: Path, form: Format, sets: Sequence[str]) -> Pr
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / PROFILE).write_text(yaml.dump(cast("dict[str, Value]", document)), encoding="utf-8")
-    try:
-        profile = load_profile(out / PROFILE, sets=sets)
-    except UserError:
-        (out / PROFILE).unlink()
-        raise
+    profile = load_profile(out / PROFILE, sets=sets)
     (out / PROFILE).write_text(yaml.dump(profile.values), encoding="utf-8")
     return profile
 
