@@ -25,6 +25,7 @@ from apt.inference.int8 import AT_ONCE, Int8Linear
 from apt.inference.prepare import prepare
 from apt.modeling.compose import ModelBuilder
 from apt.modeling.model import Decoder
+from apt.training import assembly
 
 TOKENIZER = ByteTokenizer()
 
@@ -121,6 +122,20 @@ def test_an_int8_layer_gives_each_token_a_scale_of_its_own_and_loses_nothing_to_
 def test_int8_is_for_float32(model: Decoder) -> None:
     with pytest.raises(UserError, match="--quantize int8: its activations are float32; leave --dtype bf16 out"):
         prepare(model, dtype="bf16", quantize="int8")
+
+
+def test_int8_on_a_gpu_is_refused_before_anything_goes_there(
+    profile_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(["train", "-p", str(profile_file), "--out", str(tmp_path / "run"), "--set", "training.max_steps=2"]) == 0
+    )
+    monkeypatch.setattr(assembly, "pick_device", lambda asked, option: torch.device("cuda"))
+    monkeypatch.setattr(Decoder, "to", lambda *where: pytest.fail("moved"))
+    for command in (["generate", "--prompt", "x"], ["evaluate"]):
+        words = [command[0], str(tmp_path / "run"), *command[1:], "--device", "cuda", "--quantize", "int8"]
+        assert main(words) == 2
+        assert "--quantize int8: is for the CPU; use --dtype bf16 on a GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])

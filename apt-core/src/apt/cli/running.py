@@ -312,19 +312,17 @@ def load_weights(arguments: argparse.Namespace) -> LoadedRun:
 def load_in_place(arguments: argparse.Namespace, *, prepared: bool = False, compiled: bool = False) -> LoadedRun:
     """The run that the options name, with the weights that they name, where they say; `prepared` in their precision too."""
     run = load_weights(arguments)
+    from apt.inference.prepare import check_device, get_ready
     from apt.training.assembly import pick_device
 
     asked = "cpu" if arguments.device == "auto" and arguments.quantize is not None else arguments.device
     where = pick_device(asked, "--device")
-    if arguments.quantize is not None and where.type != "cpu":
-        raise UserError(f"--quantize {arguments.quantize}: is for the CPU; use --dtype bf16 on a GPU")
+    check_device(arguments.quantize, where)
     if prepared:  # before it goes there, where the weights as they are saved may not have room
         prepare_run(run, arguments, where, compiled=compiled)
     run.model.to(where)
     if compiled:
         from rich.console import Console
-
-        from apt.inference.prepare import get_ready
 
         with Console(stderr=True).status("compiling the writing of a token, which is kept for the next time"):
             get_ready(run.model)

@@ -45,8 +45,7 @@ def prepare(
         raise UserError("--compile: is for attention with a KV cache, and the model's has none")
     if quantize is not None and dtype != "fp32":
         raise UserError(f"--quantize {quantize}: its activations are float32; leave --dtype {dtype} out")
-    if quantize is not None and where.type != "cpu":
-        raise UserError(f"--quantize {quantize}: is for the CPU; use --dtype bf16 on a GPU")
+    check_device(quantize, where)
     if compiled and where.type == "cpu":
         check_compiler("--compile")
     model.eval().requires_grad_(False)
@@ -76,6 +75,12 @@ def get_ready(model: Decoder) -> None:
         each.length = each.slots
     if rings:
         model(torch.zeros(1, 1, dtype=torch.long), cache=caches, last=1)
+
+
+def check_device(quantize: str | None, device: torch.device) -> None:
+    """Raise `UserError` where weights in eight bits were to be on another device than the CPU."""
+    if quantize is not None and device.type != "cpu":
+        raise UserError(f"--quantize {quantize}: is for the CPU; use --dtype bf16 on a GPU")
 
 
 @contextmanager
