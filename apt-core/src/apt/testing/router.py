@@ -72,7 +72,7 @@ def learns(subject: Subject) -> None:
 
 @check("router")
 def losses(subject: Subject) -> None:
-    """Auxiliary losses are finite scalars that reach the router, and padding does not count in them."""
+    """Auxiliary losses are finite scalars that reach the router, and padding does not count in them, even alone."""
     provider, router, x = _parts(subject)
     _, _, right = _route(provider, router, x[:, :30], True)
     if not right:
@@ -88,6 +88,8 @@ def losses(subject: Subject) -> None:
     padded = x.masked_fill(~mask.unsqueeze(-1), 30.0)
     for name, loss in _route(provider, router, padded, True, mask)[2].items():
         demand_close(loss, right[name], f"the loss {name} with padding and without")
+    for name, loss in _route(provider, router, x, True, torch.zeros_like(mask))[2].items():
+        demand(loss.isfinite(), f"the loss {name} of padding alone is {loss.item():.3g}")
 
 
 @check("router")
