@@ -10,6 +10,7 @@ from pathlib import Path
 from apt.core.config import APTConfig
 from apt.core.resolve import Resolved
 from apt.data.prepare import Prepared
+from apt.training.evaluate import Score
 from apt.training.record import CARD, METRICS, PLOT, RECORD, provider_lines, read_metrics
 
 SAMPLES = "samples.md"
@@ -24,6 +25,17 @@ def write_samples(folder: Path) -> None:
             fence = "`" * max(3, 1 + max((len(run) for run in _runs(text)), default=0))
             lines += ["", f"## Step {event['step']}", "", f"{fence}text", text, fence]
     (folder / SAMPLES).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def list_results(step: int, scored: Score, parent: Mapping[str, object] | None) -> dict[str, object]:
+    """What the card tells of a run's end; one that was stopped may not have come to a held-out loss."""
+    results: dict[str, object] = {"steps": step}
+    if scored.num_tokens:
+        results["held-out loss (nats a token)"] = f"{scored.loss:.4f}"
+        results["held-out bits a byte"] = f"{scored.bits_per_byte:.4f}"
+    if parent is not None:
+        results["branched from"] = f"{parent['run']}, {parent['checkpoint']}"
+    return results
 
 
 def write_card(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -211,15 +211,21 @@ def load_run(path: Path | str, *, allow_local_code: bool = False, strict_lock: b
     resolved = resolve_config(config)
     for fault in check_lock(Lock.from_dict(saved["lock"]), make_lock(resolved), strict=strict_lock):
         warnings.warn(f"{folder}: {fault}", LockWarning, stacklevel=2)
-    model = ModelBuilder(config, resolved=resolved).build_model()
-    load_weights(folder, model)
     state = read_state(saved)
-    for plugin in config.plugins:
-        set_active(model, plugin, plugin in state.plugins_on)
+    model = load_model(folder, config, resolved, state.plugins_on)
     provider = resolved.providers["tokenizer"]
     assert isinstance(provider, TokenizerProvider)
     tokenizer = provider.load(folder)
-    return LoadedRun(config, model.eval(), tokenizer, state, resolved, folder, saved["corpus"])
+    return LoadedRun(config, model, tokenizer, state, resolved, folder, saved["corpus"])
+
+
+def load_model(folder: Path, config: APTConfig, resolved: Resolved, plugins_on: Collection[str]) -> Decoder:
+    """The model of a checkpoint in one piece, on the CPU, in evaluation mode, with what was switched on."""
+    model = ModelBuilder(config, resolved=resolved).build_model()
+    load_weights(folder, model)
+    for plugin in config.plugins:
+        set_active(model, plugin, plugin in plugins_on)
+    return model.eval()
 
 
 def read_state(saved: Mapping[str, object]) -> RunState:

@@ -27,18 +27,16 @@ from apt.core.schedules import list_unfinished
 from apt.data.batches import windows
 from apt.errors import AptError, CheckpointError, NotFiniteError, UserError
 from apt.hookspecs import RunState
-from apt.modeling.compose import ModelBuilder
 from apt.modeling.model import Decoder
-from apt.modeling.parts import set_active
 from apt.training.assembly import assemble, pick_device
 from apt.training.between import Between
 from apt.training.calibration import settle
-from apt.training.card import write_card
+from apt.training.card import list_results, write_card
 from apt.training.checkpoint import (
     PROFILE,
     find_checkpoint,
     list_checkpoints,
-    load_weights,
+    load_model,
     read_saved,
     restore,
     restore_random,
@@ -425,20 +423,9 @@ class Trainer:
                     picture = plot_run(self.out)
                 except UserError as error:  # such as of a run that was stopped before it had told anything
                     self.journal.line(f"no picture is drawn: {error}")
-            results: dict[str, object] = {"steps": self.state.step}
-            if scored.num_tokens:  # what was stopped may not have come to it
-                results["held-out loss (nats a token)"] = f"{scored.loss:.4f}"
-                results["held-out bits a byte"] = f"{scored.bits_per_byte:.4f}"
-            if self.parent is not None:
-                results["branched from"] = f"{self.parent['run']}, {self.parent['checkpoint']}"
+            results = list_results(self.state.step, scored, self.parent)
             write_card(self.out, self.config, self.resolved, self.parts.corpus, results)
-        model = self._whole_model() if self.parts.is_split and self.ranks.is_main else self.model.eval()
+        model = self.model.eval()
+        if self.parts.is_split and self.ranks.is_main:  # what is split only runs on all ranks together
+            model = load_model(find_checkpoint(self.out), self.config, self.resolved, self.state.plugins_on)
         return RunResult(self.out, self.state, self.resolved, scored, model, self.parts.tokenizer, picture, interrupted)
-
-    def _whole_model(self) -> Decoder:
-        """The model in one piece, from the checkpoint just written: what is split only runs on all ranks together."""
-        model = ModelBuilder(self.config, resolved=self.resolved).build_model()
-        load_weights(find_checkpoint(self.out), model)
-        for plugin in self.config.plugins:
-            set_active(model, plugin, plugin in self.state.plugins_on)
-        return model.eval()
