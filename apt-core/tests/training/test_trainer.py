@@ -15,6 +15,8 @@ from pydantic import PrivateAttr
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
+from torch._inductor import cpp_builder
+from torch._inductor.exc import InvalidCxxCompiler
 
 from apt.core.config import APTConfig
 from apt.core.discovery import discover
@@ -188,6 +190,17 @@ def test_a_run_leaves_a_folder_that_describes_itself(profile_file: Path, tmp_pat
     )
     assert math.isfinite(result.validation.loss)
     assert f"{result.validation.loss:.4f}" in (result.folder / "README.md").read_text()
+
+
+def test_a_compiled_run_without_a_compiler_says_what_it_needs(
+    profile_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def get_cpp_compiler() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", get_cpp_compiler)
+    with pytest.raises(UserError, match=r"training.compile: needs a C\+\+ compiler, and none is found; install one"):
+        train(profile_file, tmp_path / "run", "training.compile=true")
 
 
 def test_training_learns(profile_file: Path, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from apt.core.schedules import list_unfinished
 from apt.data.batches import windows
 from apt.errors import AptError, CheckpointError, NotFiniteError, UserError
 from apt.hookspecs import RunState
+from apt.modeling.compiler import check_compiler
 from apt.modeling.model import Decoder
 from apt.training.assembly import assemble, pick_device
 from apt.training.between import Between
@@ -263,6 +264,8 @@ class Trainer:
             *(self.taken.calibration, ranks, self.console),
         )
         if config.training.compile:
+            if parts.device.type == "cpu":
+                check_compiler("training.compile")
             # Above PyTorch's own limit of 8 blocks would run uncompiled, with a line in its log.
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
             for block in parts.model.all_blocks():
