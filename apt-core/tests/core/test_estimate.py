@@ -46,6 +46,29 @@ def test_parameters_are_exact_and_operations_and_memory_within_a_tenth(profile_f
     assert cost.cache_per_token == 4 * numbers // 10
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_attention_dropout_and_computing_anew_do_to_memory_is_foretold(
+    profile_file: Path, recompute: bool
+) -> None:
+    sets = [f"training.recompute={str(recompute).lower()}", "model.attention_dropout=0.1", "model.max_seq_len=128"]
+    profile = load_profile(profile_file, sets=sets)
+    assert profile.resolved is not None
+    config, cost = profile.config, estimate(profile.config, profile.resolved)
+    model = ModelBuilder(config, resolved=profile.resolved).build_model().train()
+    tokens = torch.randint(config.vocab_size, (config.training.batch_size, config.max_seq_len))
+    if recompute:
+        # The inputs of all blocks, and a block in its turn, which is more than the head takes.
+        kept = saved_bytes(model, lambda: model.blocks[0](model.embedding(tokens), tokens=tokens))
+        kept += 4 * tokens.numel() * config.d_model * len(model.blocks)
+    else:
+        kept = saved_bytes(
+            model, lambda: nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), tokens.flatten())
+        )
+        kept += 4 * tokens.numel() * config.vocab_size
+    assert cost.activations + cost.dropped_scores == pytest.approx(kept, rel=0.1)
+    assert cost.training_flops[0] == (3 + recompute) * cost.flops_per_token
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_memory_of_the_optimizer_is_that_of_its_moments(profile_file: Path, optimizer: str) -> None:
     sets = [f"training.optimizer={optimizer}", "model.attention.bias=none"]

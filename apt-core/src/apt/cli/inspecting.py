@@ -296,18 +296,18 @@ def _check(arguments: argparse.Namespace) -> int:
         ],
         right=("LAYERS", "PARAMETERS", "ACTIVE", "FLOPS/TOKEN"),
     )
-    print(
-        "\nACTIVE is what one token meets; FLOPs are of a forward pass at full context, training takes three times as many."
-    )
+    times = "four times as many, since it computes activations anew" if cost.recomputed else "three times as many"
+    print(f"\nACTIVE is what one token meets; FLOPs are of a forward pass at full context, training takes {times}.")
     if "align" in resolved.providers:
         print(_align_cost(cost))
     batch = config.training.batch_size
     averages = f"averaged weights {size(cost.averages)}, " if cost.averages else ""
     averages += f"the model's own while those teach {size(cost.set_aside)}, " if cost.set_aside else ""
+    on_cpu = f"; {size(cost.dropped_scores)} more on a CPU, for attention_dropout" if cost.dropped_scores else ""
     print(
         f"\nmemory of training, batches of {batch} x {config.max_seq_len}: {size(cost.training_memory)} "
         f"(weights {size(cost.weights)}, gradients {size(cost.gradients)}, optimizer {size(cost.optimizer)}, "
-        f"{averages}activations {size(cost.activations)})\nKV cache: {size(cost.cache_per_token)} a token\n"
+        f"{averages}activations {size(cost.activations)}){on_cpu}\nKV cache: {size(cost.cache_per_token)} a token\n"
     )
     _print_plan(profile)
     print_providers(resolved.resolutions)
@@ -322,9 +322,9 @@ def _align_cost(cost: Estimate) -> str:
     multiple = "doubles the forward pass" if forward == 1 else f"makes {forward + 1} forward passes of one"
     if backward:
         multiple += " and the backward pass" + ("es" if backward > 1 else "")
-    training = 3 * cost.flops_per_token
+    training, aligned = cost.training_flops
     return (
-        f"align {multiple}: {count(cost.step_cost * training)} FLOPs a token of training while its weight is above 0, "
+        f"align {multiple}: {count(aligned)} FLOPs a token of training while its weight is above 0, "
         f"{count(training)} without it."
     )
 

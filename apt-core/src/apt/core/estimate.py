@@ -41,11 +41,15 @@ class Estimate:
     set_aside: int
     """The model's own weights while the averaged ones teach: where ranks split them, those stand in their place."""
     activations: int
+    dropped_scores: int
+    """What attention dropout adds to them on a CPU, whose fused kernel drops no weights: there the weights are written out."""
     cache_per_token: int
     step_cost: float
     """A training step with alignment on, in steps without it."""
     extra_passes: tuple[int, int]
     """Forward and backward passes that alignment adds to a training step."""
+    recomputed: bool
+    """Whether each backward pass makes the forward pass once more (`training.recompute`)."""
 
     @property
     def parameters(self) -> int:
@@ -59,8 +63,14 @@ class Estimate:
 
     @property
     def flops_per_token(self) -> float:
-        """Forward, at full context; the causal half is not deducted. Training takes about three times as many."""
+        """Forward, at full context; the causal half is not deducted."""
         return sum(part.flops_per_token for part in self.parts)
+
+    @property
+    def training_flops(self) -> tuple[float, float]:
+        """Of a training step, a token: without alignment, about three or four times those of a forward pass, and with it."""
+        again = (int(self.recomputed), self.recomputed * (1 + self.extra_passes[1]))
+        return (3 + again[0]) * self.flops_per_token, (3 * self.step_cost + again[1]) * self.flops_per_token
 
     @property
     def training_memory(self) -> int:
@@ -131,6 +141,10 @@ def estimate(config: APTConfig, resolved: Resolved) -> Estimate:
     if config.hardware.parallel == "fsdp":
         split = parameters
     teaches = copies and extra_passes[0] > extra_passes[1]  # in a pass that nothing is learnt from
+    activations = _activations(config, attention, ffns)
+    scores = config.num_heads * length**2 * config.training.batch_size
+    # Weights, what drops some of them, and what is left.
+    written = 3 * BYTES * scores if config.attention_dropout and attention.supports_dropout() else 0
     matrices = 0
     if config.training.optimizer == "muon":
         matrices = sum(part.parameters for part in parts if part.part in ("attention", "ffn")) - stacked
@@ -141,23 +155,33 @@ def estimate(config: APTConfig, resolved: Resolved) -> Estimate:
         optimizer=BYTES * (2 * parameters - matrices),
         averages=BYTES * copies * parameters,
         set_aside=BYTES * split if teaches else 0,
-        activations=kept_passes * _activations(config, attention, ffns),
+        activations=kept_passes * activations,
+        dropped_scores=kept_passes * (_activations(config, attention, ffns, written) - activations),
         cache_per_token=BYTES * config.num_blocks * attention.get_cache_size(width, config.num_heads),
         step_cost=step_cost,
         extra_passes=extra_passes,
+        recomputed=config.training.recompute,
     )
 
 
-def _activations(config: APTConfig, attention: AttentionProvider, ffns: list[FFNProvider]) -> int:
-    """Bytes that one training forward keeps for its backward pass, and the logits' gradient."""
+def _activations(config: APTConfig, attention: AttentionProvider, ffns: list[FFNProvider], written: int = 0) -> int:
+    """Bytes that one training forward keeps for its backward pass, and the logits' gradient.
+
+    Of blocks that are computed anew their inputs are kept, and beside them the head's share, or that of one block in its turn.
+    `written` are bytes that each attention layer keeps beside what its provider says.
+    """
     batch, length, width = config.training.batch_size, config.max_seq_len, config.d_model
     tokens = batch * length
     norm = BYTES * tokens * (width + 2)  # its input, and each row's mean and deviation
     dropped = tokens * width * (config.dropout > 0)  # a mask of a byte each
-    block = attention.get_memory_estimate(length, width, config.num_heads, batch) + 2 * (norm + dropped)
-    mapped = sum(each.get_memory_estimate(length, width, config.d_ff, batch) for each in ffns)
+    attended = attention.get_memory_estimate(length, width, config.num_heads, batch) + written
+    block = attended + 2 * (norm + dropped)
+    mapped = [each.get_memory_estimate(length, width, config.d_ff, batch) for each in ffns]
     # log_softmax keeps one copy of the logits; its backward makes another.
     head = norm + BYTES * tokens * width + 2 * BYTES * tokens * config.vocab_size
-    across = attention.get_memory_estimate(length, width, config.num_heads, batch) + norm + dropped
-    encoder = config.num_encoder_blocks * block + norm + dropped if config.num_encoder_blocks else 0
-    return encoder + config.num_blocks * (block + (across if encoder else 0)) + mapped + head + dropped
+    across, encoder_end = (attended + norm + dropped, norm + dropped) if config.num_encoder_blocks else (0, 0)
+    if config.training.recompute:
+        inputs = BYTES * tokens * width * len(ffns)
+        return inputs + max(head + dropped + encoder_end, block + across + max(mapped))
+    blocks = len(ffns) * block + config.num_blocks * across + sum(mapped)
+    return encoder_end + blocks + head + dropped

@@ -56,7 +56,8 @@ class HardwareProfile(BaseModel):
             return False
         room = self.gpu_memory if on_gpu else self.ram_size
         kept = (config.training.keep_last + 1) * (cost.weights + cost.optimizer + cost.averages)
-        return _peak(cost) <= room and kept / MB <= self.disk_space
+        needed = _peak(cost) + (0 if on_gpu else cost.dropped_scores / MB)
+        return needed <= room and kept / MB <= self.disk_space
 
 
 def required_memory(config: APTConfig) -> float:
