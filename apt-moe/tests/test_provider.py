@@ -14,6 +14,7 @@ from apt.core import registry
 from apt.core.providers import FFNProvider, RouterProvider
 from apt.errors import OptionsError
 from apt_moe.provider import MoE, TopK
+from apt_moe.routers import Switch
 
 
 def routed(provider: TopK, experts: int = 5, seed: int = 0, train: bool = False) -> tuple[Tensor, Tensor]:
@@ -201,3 +202,8 @@ def test_the_interfaces_are_complete() -> None:
     assert TopK().get_capacity(2, 8, 4, 2) == max(2, int(2 * 8 * 2 / 4 * 1.25))
     assert TopK().supports_dynamic_capacity()
     assert not TopK().supports_expert_choice()
+
+
+def test_fine_grained_experts_are_refused_with_a_router_to_one_before_anything_is_built() -> None:
+    with pytest.raises(ValidationError, match="switch sends each token to one expert, and granularity: 2"):
+        MoE(granularity=2, router=Switch())

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from apt.core.provider import Slot
 from apt.core.providers import FFNProvider, RouterProvider
 from apt.errors import Fault, OptionsError
-from apt_moe.routers import TopK
+from apt_moe.routers import Switch, TopK
 
 if TYPE_CHECKING:
     from apt_moe.layer import MixtureOfExperts
@@ -79,6 +79,10 @@ class MoE(FFNProvider):
         experts = info.data.get("experts")
         if experts is not None and router.top_k > experts:
             raise ValueError(f"top_k is {router.top_k}, but there are only {experts} experts")
+        granularity = info.data.get("granularity", 1)
+        if granularity > 1 and isinstance(router, Switch):
+            what = f"switch sends each token to one expert, and granularity: {granularity} to as many times top_k"
+            raise ValueError(f"{what}; set granularity: 1, or take topk_default")
         return router
 
     @field_validator("expert", mode="after")
