@@ -22,10 +22,11 @@ from apt.core.registry import Registry
 from apt.data.corpus import first_batch, steps_before
 from apt.errors import AptError, CheckpointError
 from apt.hookspecs import RunState, hookimpl
-from apt.training import between
+from apt.training import between, saver
 from apt.training.checkpoint import find_checkpoint, list_checkpoints, read_saved
 from apt.training.evaluate import Score
 from apt.training.record import Metrics, read_metrics
+from apt.training.snapshot import point
 from apt.training.trainer import RunResult, Trainer
 
 
@@ -179,6 +180,29 @@ def test_the_best_is_known_to_its_own_checkpoint_and_is_kept_over_a_resume(
     train(profile_file, out, *sets, "training.max_epochs=3", resume="auto")
     assert [each.name for each in list_checkpoints(out)] == ["step-000004", "step-000012"]
     assert (out / "best").read_text().strip() == "step-000004"
+
+
+def test_the_best_is_pointed_to_though_the_run_was_killed_just_before(
+    profile_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([3.0, 2.0, 2.5, 2.4])
+    monkeypatch.setattr(between, "evaluate", lambda *given, **named: (Score(next(scores), 1.0, 1), {}))
+
+    def die(run: Path, pointer: str, folder: Path) -> None:
+        if folder.name == "step-000004":
+            raise SystemExit(9)
+        point(run, pointer, folder)
+
+    out = tmp_path / "run"
+    sets = ["training.keep_best=true", "training.keep_last=1", "training.save_every=3", "evaluation.eval_every=2"]
+    monkeypatch.setattr(saver, "point", die)
+    with pytest.raises(SystemExit):
+        train(profile_file, out, *sets)
+    monkeypatch.setattr(saver, "point", point)
+    assert (out / "best").read_text().strip() == "step-000002"
+    train(profile_file, out, *sets, resume="auto")
+    assert (out / "best").read_text().strip() == "step-000004"
+    assert [each.name for each in list_checkpoints(out)] == ["step-000004", "step-000008"]
 
 
 def test_old_checkpoints_go_and_folders_of_others_stay(profile_file: Path, tmp_path: Path) -> None:

@@ -114,6 +114,7 @@ class Between:
                         "left_out": left_out,
                         "proven": [*self.parts.proof.proven],
                         "best": self.saver.best,
+                        "is_best": is_best,
                         "metrics": self.journal.metrics.length,
                         **told,
                     },

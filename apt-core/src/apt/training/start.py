@@ -118,10 +118,17 @@ class Start:
         """Whether the best checkpoint so far, of the course that a run goes on with, is still in its folder."""
         if self._own is None:
             return False
+        if self._is_best:
+            return True
         run, best = self._own.resolve().parent, None
         if (run / BEST).is_file():
             best = read_step(run / (run / BEST).read_text().strip())
         return best is not None and best <= step_of(self._own)
+
+    @property
+    def _is_best(self) -> bool:
+        """Whether a run goes on with the best checkpoint so far; a kill may have come before the pointer said so."""
+        return self._own is not None and bool(read_saved(self._own)["progress"].get("is_best"))
 
     @property
     def _own(self) -> Path | None:
@@ -155,6 +162,8 @@ class Start:
             return []
         folder = self._own.resolve()
         point(out, LATEST, folder)
+        if self._is_best:
+            point(out, BEST, folder)
         step = int(read_saved(folder)["step"])
         later = [each for each in (*list_checkpoints(out), *list_damaged(out)) if step_of(each) > step]
         if not later:
