@@ -7,6 +7,7 @@ becomes P^T A W_v, so that P reads A v from it, and W_o likewise. At rank d noth
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -80,7 +81,12 @@ def convert_run(
     console.print(f"cache:    {cache[0]:,} numbers a token before, {cache[1]:,} after ({cache[1] / cache[0]:.0%})")
     console.print(f"energy kept: {scores_kept:.1%} of queries and keys, {outputs_kept:.1%} of outputs")
     console.print(f"run:  {out}", soft_wrap=True)
-    console.print(f"next: apt-core branch {out} --set training.max_steps=... to win part of it back", soft_wrap=True)
+    words = ["branch", str(out), *(["--allow-local-code"] if allow_local_code else [])]
+    console.print(
+        f"next: apt-core {shlex.join(words)} --set training.max_steps=... to win part of it back",
+        soft_wrap=True,
+        markup=False,
+    )
     return checkpoint
 
 

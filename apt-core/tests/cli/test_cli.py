@@ -255,6 +255,18 @@ class Mine(MLP):
     assert f"this is a fault of provider code ({profile_file.parent}/mine.py:9), not of your input" in told
 
 
+def test_what_a_run_says_comes_next_can_be_called_though_its_code_is_in_a_file_and_its_folder_has_a_space(
+    capsys: pytest.CaptureFixture[str], profile_file: Path, tmp_path: Path
+) -> None:
+    (profile_file.parent / "mine.py").write_text("from apt.builtin.ffn import MLP\n\n\nclass Mine(MLP):\n    'One.'\n")
+    sets = ("--set", "model.ffn=./mine.py:Mine")
+    code, out, err = run(capsys, "train", "-p", profile_file, *sets, "--out", tmp_path / "a run")
+    assert code == 0, err
+    (line,) = (line for line in out.splitlines() if line.startswith("next: "))
+    words = shlex.split(line)
+    assert run(capsys, *words[words.index("generate") :], "--max-new-tokens", "1")[0] == 0
+
+
 def test_a_layer_that_does_not_take_what_it_is_called_with_is_its_provider_s_fault(
     capsys: pytest.CaptureFixture[str], profile_file: Path, tmp_path: Path
 ) -> None:

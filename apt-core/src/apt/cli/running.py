@@ -253,6 +253,7 @@ def _run(
     if os.environ.get("RANK", "0") != "0":
         return 0
     from apt.training.sample import draw_sample
+    from apt.training.snapshot import local_code
 
     evaluation = profile.config.evaluation
     scored = result.validation
@@ -268,7 +269,9 @@ def _run(
     print(f"\nrun:  {result.folder}")
     if result.plot is not None:
         print(f"plot: {result.plot}")
-    print(f"next: {called_as()} generate {result.folder} --prompt {shlex.quote(evaluation.sample_prompt or 'def ')}")
+    leave = ["--allow-local-code"] if local_code(result.resolved) else []
+    words = ["generate", str(result.folder), *leave, "--prompt", evaluation.sample_prompt or "def "]
+    print(f"next: {called_as()} {shlex.join(words)}")
     return 0
 
 
