@@ -351,6 +351,17 @@ def test_what_a_text_would_wait_for_is_compiled_before(made: Made) -> None:
     assert len(made) == 2
 
 
+@pytest.mark.parametrize("sizes", [{"max_seq_len": 1}, {"max_seq_len": 2}, {"max_seq_len": 3}, {"window": 16}])
+def test_a_short_context_is_made_ready_and_nothing_that_no_text_would_use(sizes: dict[str, int], made: Made) -> None:
+    model = build({"window": sizes.pop("window", None), "positions": "learned"}, **sizes)
+    prepare(model)
+    forbid(model)
+    get_ready(model)
+    # As many tokens as the context has fill a ring, and then all is read anew.
+    assert len(made) == (model.max_seq_len > 3)
+    write(model)
+
+
 @pytest.mark.thorough
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("precision", [{}, {"dtype": "bf16"}, {"quantize": "int8"}])

@@ -67,10 +67,13 @@ def get_ready(model: Decoder) -> None:
     """Compile now what one text's first tokens would wait for, where `prepare` was told to and the CPU is to write."""
     if not model.step_is_compiled or model.embedding.weight.device.type != "cpu" or isinstance(model, EncoderDecoder):
         return
+    if model.max_seq_len < 3:
+        return  # what a cache's last place takes is not compiled
     caches = model.create_cache(1)
     model(torch.zeros(1, 2, dtype=torch.long), cache=caches, last=1)
     model(torch.zeros(1, 1, dtype=torch.long), cache=caches, last=1)
-    rings = [each for each in caches if isinstance(each, KVCache) and each.rolling]
+    # As long as the context is, no text goes round.
+    rings = [each for each in caches if isinstance(each, KVCache) and each.rolling and each.slots < model.max_seq_len]
     for each in rings:
         each.length = each.slots
     if rings:
