@@ -22,6 +22,7 @@ from apt.data.cache import VARIABLE
 from apt.errors import UserError
 from apt.inference import ahead
 from apt.inference.ahead import AheadStep
+from apt.inference.context import Context
 from apt.inference.generate import generate, generate_batch
 from apt.inference.prepare import get_ready, prepare
 from apt.modeling.compose import ModelBuilder
@@ -360,6 +361,27 @@ def test_a_short_context_is_made_ready_and_nothing_that_no_text_would_use(sizes:
     # As many tokens as the context has fill a ring, and then all is read anew.
     assert len(made) == (model.max_seq_len > 3)
     write(model)
+
+
+def test_texts_that_are_written_by_turns_are_proven_once_each(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    proofs: list[ahead.Form] = []
+    prove = ahead._prove
+    monkeypatch.setattr(ahead, "_prove", lambda *what: proofs.append(what[1]) or prove(*what))  # type: ignore[func-returns-value]
+    model = build()
+
+    def write_by_turns() -> list[list[int]]:
+        contexts = [Context(model, [TOKENIZER.encode(prompt)], 16) for prompt in ("hello", "hi")]
+        for _ in range(6):
+            for each in contexts:
+                each.add([int(each.logits().argmax())])
+        return [each.texts[0] for each in contexts]
+
+    prepare(model)
+    right = write_by_turns()
+    forbid(model)
+    assert write_by_turns() == right
+    assert len(proofs) == 2 * len(model.blocks)
+    assert len(made) == 1
 
 
 @pytest.mark.thorough

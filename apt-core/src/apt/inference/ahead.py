@@ -59,8 +59,8 @@ class Kind(NamedTuple):
     """Whether there is more than one row."""
     x: tuple[int, torch.dtype]
     cache: tuple[int, int, int, int, torch.dtype]
-    given: tuple[tuple[str, bool], ...]
-    """The names of what is given beside, and whether each row has its own."""
+    given: tuple[tuple[str, bool, torch.dtype], ...]
+    """The names of what is given beside, whether each row has its own, and of what it is."""
     slots: int | None
     """Of a ring that is full; else their number is free."""
 
@@ -91,8 +91,6 @@ class Inputs(NamedTuple):
 class Form:
     """What blocks of one description compute in calls of one kind, at the lengths that fit."""
 
-    kind: Kind
-    description: Description
     graph: Graph
     guards: Callable[[dict[str, Any]], bool]
     asked: tuple[int, ...] = ()
@@ -108,13 +106,21 @@ class Form:
 
 
 @dataclass(eq=False)
+class Known:
+    """What was made for blocks of one description, and the kinds of calls for which nothing can be."""
+
+    description: Description
+    forms: dict[Kind, list[Form]] = field(default_factory=dict)
+    refused: set[Kind] = field(default_factory=set)
+
+
+@dataclass(eq=False)
 class Bound:
     """A block, and all that its graphs are given of it, as it was when a text began."""
 
     cache: weakref.ref[KVCache]
-    description: Description
+    known: Known
     state: list[Tensor]
-    forms: dict[Kind, list[Form]] = field(default_factory=dict)
     proven: list[Form] = field(default_factory=list)
 
 
@@ -128,8 +134,9 @@ class AheadStep:
     def __init__(self, otherwise: Callable[..., Part], cache: Cache | None = None) -> None:
         self._otherwise = otherwise
         self._cache = Cache(note=_warn) if cache is None else cache
-        self._bound: dict[nn.Module, Bound] = {}
-        self._refused: dict[Kind, list[Description]] = {}
+        self._bound: weakref.WeakKeyDictionary[KVCache, dict[nn.Module, Bound]] = weakref.WeakKeyDictionary()
+        """By cache, since texts may be written by turns."""
+        self._newest: dict[nn.Module, Bound] = {}
         self._place = torch.empty(0, dtype=torch.bool)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -139,51 +146,52 @@ class AheadStep:
     def __call__(self, block: nn.Module, x: Tensor, *, cache: Any, **what: Any) -> Part:
         """The block's output. Losses and metrics, which nobody reads of one token, are left out."""
         given = {name: value for name, value in what.items() if value is not None}
-        known = type(cache) is KVCache and cache.k.is_contiguous() and given.keys() <= {"mask", "positions", "tokens"}
+        plain = type(cache) is KVCache and cache.k.is_contiguous() and cache.v.is_contiguous()
+        known = plain and given.keys() <= {"mask", "positions", "tokens"}
         traced = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-        if not known or traced or not x.is_cpu or block.training:
+        if not known or traced or not x.is_cpu or block.training or not len(x):
             return self._otherwise(block, x, cache=cache, **what)
         full = cache.length >= cache.slots
         if (not full and cache.length + 1 >= cache.slots) or (full and not cache.rolling):
             # The last place makes another graph, and is filled once; what finds no place is refused.
             return as_part(block(x, cache=cache, **what))
         kind = _kind(x, cache, given, cache.slots if full else None)
-        bound = self._bound.get(block)
+        bound = self._newest.get(block)
         if bound is None or bound.cache() is not cache:
-            bound = self._bound[block] = self._bind(block, cache)
-        if not self._is_refused(bound, kind):
+            of_text = self._bound.setdefault(cache, {})
+            if block not in of_text:
+                of_text[block] = self._bind(block, cache)
+            bound = self._newest[block] = of_text[block]
+        if kind not in bound.known.refused:
             try:
                 return self._read(block, bound, kind, x, cache, given)
             except NotAhead as error:
                 _warn(f"a token's step is compiled by torch.compile alone, which is slower: {error}")
-                self._refused.setdefault(kind, []).append(bound.description)
+                bound.known.refused.add(kind)
         return self._otherwise(block, x, cache=cache, **what)
 
-    def _is_refused(self, bound: Bound, kind: Kind) -> bool:
-        """Whether a block like this one could not be compiled."""
-        return kind in self._refused and any(_same(each, bound.description) for each in self._refused[kind])
-
     def _bind(self, block: nn.Module, cache: KVCache) -> Bound:
-        """The block as it is now; what was made of it before is kept where it still is the same."""
-        bound = Bound(weakref.ref(cache), _describe(block), list(_tensors(block).values()))
-        before = self._bound.get(block)
-        if before is not None and _same(before.description, bound.description):
-            bound.forms = before.forms
-        return bound
+        """The block as it is now, with what is known of it, or of another block of the same description."""
+        description = _describe(block)
+        before = [self._newest[block], *self._newest.values()] if block in self._newest else self._newest.values()
+        all_known = {id(each.known): each.known for each in before}.values()
+        known = next((each for each in all_known if _same(each.description, description)), None)
+        return Bound(weakref.ref(cache), known or Known(description), list(_tensors(block).values()))
 
     def _read(
         self, block: nn.Module, bound: Bound, kind: Kind, x: Tensor, cache: KVCache, given: dict[str, Tensor]
     ) -> Part:
-        if self._place.shape[0] != cache.length + 2:
-            self._place = torch.empty(cache.length + 2, dtype=torch.bool)
+        place = self._place
+        if place.shape[0] != cache.length + 2:
+            place = self._place = torch.empty(cache.length + 2, dtype=torch.bool)
         beside = [each.contiguous() for each in given.values()]
-        inputs = Inputs(x.contiguous(), cache.k, cache.v, self._place, beside, bound.state)
-        forms = bound.forms.setdefault(kind, [])
+        inputs = Inputs(x.contiguous(), cache.k, cache.v, place, beside, bound.state)
+        forms = bound.known.forms.setdefault(kind, [])
         form = next((each for each in forms if each.fits(inputs)), None)
         if form is None:
             if len(forms) == MANY:
                 raise NotAhead(f"it chooses by lengths, and has {MANY} graphs already")
-            form = self._find(kind, bound.description, inputs) or self._make(block, kind, bound.description, inputs)
+            form = self._make(block, kind, bound.known.description, inputs)
             forms.append(form)
         if form not in bound.proven:
             _prove(block, form, inputs, cache, given)
@@ -191,11 +199,6 @@ class AheadStep:
         (output,) = form.graph(inputs.flat())
         cache.length += 1
         return Part(output)
-
-    def _find(self, kind: Kind, description: Description, inputs: Inputs) -> Form | None:
-        """What was made for another block of the same description."""
-        known = (each for bound in self._bound.values() for each in bound.forms.get(kind, ()))
-        return next((each for each in known if _same(each.description, description) and each.fits(inputs)), None)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -222,7 +225,7 @@ class AheadStep:
             raise
         except Exception as error:
             raise NotAhead(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from error
-        return Form(kind, description, _graphs[name], _compile_guards(guards))
+        return Form(_graphs[name], _compile_guards(guards))
 
     def _load(self, exported: ExportedProgram, key: dict[str, object]) -> Graph:
         def make(folder: Path) -> Mapping[str, object]:
@@ -252,7 +255,7 @@ class _Step(nn.Module):
         self, x: Tensor, k: Tensor, v: Tensor, place: Tensor, given: list[Tensor], state: list[Tensor]
     ) -> Tensor:
         cache = KVCache.over(k, v, place.shape[0] - 2, rolling=self._kind.slots is not None)
-        names = [name for name, _ in self._kind.given]
+        names = [name for name, *_ in self._kind.given]
         what = dict(zip(names, given, strict=True), cache=cache)
         tensors = dict(zip(self._names, state, strict=True))
         output: Tensor = as_part(torch.func.functional_call(self._block[0], tensors, (x,), what)).output
@@ -266,7 +269,7 @@ def _export(block: nn.Module, kind: Kind, inputs: Inputs) -> ExportedProgram:
     """
     rows = {0: Dim.AUTO} if kind.several else {}
     cache = {**rows, **({} if kind.slots is not None else {2: Dim.AUTO})}
-    given = [{**(rows if own else {}), **({1: Dim.AUTO} if name == "mask" else {})} for name, own in kind.given]
+    given = [{**(rows if own else {}), **({1: Dim.AUTO} if name == "mask" else {})} for name, own, _ in kind.given]
     free = {
         "x": rows,
         "k": cache,
@@ -305,7 +308,7 @@ def _prove(block: nn.Module, form: Form, inputs: Inputs, cache: KVCache, given: 
 def _kind(x: Tensor, cache: KVCache, given: Mapping[str, Tensor], slots: int | None) -> Kind:
     _, k_heads, _, k_width = cache.k.shape
     _, v_heads, _, v_width = cache.v.shape
-    names = tuple((name, each.shape[0] > 1) for name, each in given.items())
+    names = tuple((name, each.shape[0] > 1, each.dtype) for name, each in given.items())
     return Kind(
         x.shape[0] > 1, (x.shape[-1], x.dtype), (k_heads, k_width, v_heads, v_width, cache.k.dtype), names, slots
     )
