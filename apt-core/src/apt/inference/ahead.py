@@ -17,7 +17,8 @@ import platform
 import tempfile
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -206,7 +207,7 @@ class AheadStep:
         """The block's graph; where another one had the same, what was compiled of that. Raises `NotAhead`."""
         _check(description)
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _untouched(block):
                 warnings.simplefilter("ignore")  # PyTorch's, about itself
                 exported = _export(block, kind, inputs)
             guards = list(exported._guards_code)  # what is free, and in which bounds, nothing public says
@@ -297,7 +298,8 @@ def _export(block: nn.Module, kind: Kind, inputs: Inputs) -> ExportedProgram:
 def _prove(block: nn.Module, form: Form, inputs: Inputs, cache: KVCache, given: dict[str, Tensor]) -> None:
     """Raise `NotAhead` where the graph does not give what the block does, or leaves something else in the cache."""
     plain = KVCache.over(cache.k.clone(), cache.v.clone(), cache.length, rolling=cache.rolling)
-    right = as_part(block(inputs.x, cache=plain, **given)).output
+    with _untouched(block):
+        right = as_part(block(inputs.x, cache=plain, **given)).output
     k, v = cache.k.clone(), cache.v.clone()
     (output,) = form.graph(inputs._replace(k=k, v=v).flat())
     for one, other in ((output, right), (k, plain.k), (v, plain.v)):
@@ -329,9 +331,38 @@ def _check(description: Description) -> None:
         if own["hooks"]:
             raise NotAhead(f"there are hooks on {name or 'a block'}")
         for key, value in own.items():
-            values = value if isinstance(value, list | tuple | set) else [value]
+            values = value.values() if isinstance(value, dict) else value
+            values = values if isinstance(value, list | tuple | set | dict) else [value]
             if any(isinstance(each, Tensor) for each in values):
                 raise NotAhead(f"{name}.{key} is a tensor that is neither parameter nor buffer")
+
+
+@contextmanager
+def _untouched(block: nn.Module) -> Iterator[None]:
+    """Take back what a call leaves in the block's modules: while it is exported, tensors without numbers.
+
+    Raises `NotAhead` where there is anything, since a graph would not do it.
+    """
+    before, description = [dict(vars(module)) for module in block.modules()], _describe(block)
+    try:
+        yield
+    finally:
+        if not _same(_describe(block), description):
+            for module, values, (_, _, was) in zip(block.modules(), before, description.modules, strict=True):
+                vars(module).clear()
+                vars(module).update(values)
+                for key, value in values.items():
+                    _refill(value, was.get(key))
+            raise NotAhead("it keeps something of each call")
+
+
+def _refill(container: object, was: object) -> None:
+    """Let a container hold again what it did."""
+    if isinstance(container, list) and isinstance(was, list):
+        container[:] = was
+    elif isinstance(container, dict | set) and isinstance(was, dict | set):
+        container.clear()
+        container.update(was)
 
 
 def _frozen(value: object) -> object:
