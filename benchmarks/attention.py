@@ -303,7 +303,7 @@ def main() -> None:
     runs, costs, figure = (commands.add_parser(name) for name in ("run", "cost", "draw"))
     for each in (runs, costs, figure):
         each.add_argument("--out", type=Path, required=True, metavar="DIR")
-        each.add_argument("--size", choices=SIZES, default="small")
+        each.add_argument("--size", choices=SIZES, default="quickstart", help="that of the table, or a smaller one")
     runs.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     runs.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
     runs.add_argument("--longer", action="store_true", help="the runs of equal time; needs the cost")

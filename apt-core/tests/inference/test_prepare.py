@@ -86,10 +86,21 @@ def test_a_half_layer_is_as_exact_as_bf16_allows(tokens: int, bias: bool) -> Non
     torch.testing.assert_close(layer(x), right.to(torch.bfloat16), atol=0, rtol=2**-7)
     torch.testing.assert_close(layer.weight, linear.weight, atol=2**-25, rtol=0)
     assert layer.weight.dtype == torch.bfloat16
+    assert layer.weight is layer.weight
     assert "in_features=64, out_features=48, bf16 as fp16" in repr(layer)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), layer(x))
     assert torch.equal(pickle.loads(pickle.dumps(copy.deepcopy(layer)))(x), layer(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("largest", "fits"), [(1.0, True), (1e5, False), (1e-6, False), (0.0, True), (float("nan"), False)]
+)
+def test_weights_that_float16_has_no_numbers_for_stay_as_they_are(largest: float, fits: bool) -> None:
+    linear = nn.Linear(8, 8)
+    linear.weight.zero_()[0, 0] = -largest
+    assert HalfLinear.supports(linear) is fits
 
 
 def test_int8_takes_every_linear_layer_and_moves_the_logits_little(model: Decoder) -> None:

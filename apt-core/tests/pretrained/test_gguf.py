@@ -20,7 +20,7 @@ from apt.errors import UserError
 from apt.pretrained.gguf_tokenizer import build_tokenizer
 from apt.pretrained.importing import import_model
 from apt.pretrained.llama import LlamaShape, to_theirs
-from apt.training.checkpoint import LoadedRun
+from apt.training.checkpoint import LoadedRun, load_run
 
 from .conftest import loaded, logits, train
 
@@ -222,11 +222,36 @@ def test_without_the_package_the_extra_is_named(trained: Path, tmp_path: Path, m
         import_model("gguf", path, tmp_path / "run")
 
 
+LIKELIEST = [
+    [(29, 27.3534), (28, 25.5656), (198, 25.0673)],
+    [(282, 22.056), (2240, 20.0741), (1005, 19.2799)],
+    [(260, 12.9426), (4649, 12.6884), (7476, 11.6416)],
+    [(314, 23.7721), (28, 21.7845), (5721, 21.7008)],
+    [(7042, 17.3713), (260, 14.8886), (4528, 13.245)],
+]
+"""The likeliest ids after each token of the prompt and their logits, as transformers 5.24 reads the same file, in float32."""
+NORMS = [2772.4553, 1312.0376, 837.6527, 1170.1461, 892.1370]
+"""Of all logits."""
+
+
+@pytest.mark.thorough
 @pytest.mark.skipif("APT_TEST_GGUF" not in os.environ, reason="APT_TEST_GGUF names no SmolLM2-135M-Instruct GGUF file")
 @pytest.mark.timeout(900)
-def test_smollm2_knows_the_capital_of_france(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_smollm2_has_the_logits_of_transformers_and_knows_the_capital_of_france(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     assert main(["import", "gguf", os.environ["APT_TEST_GGUF"], "--out", str(out)]) == 0
+    run = load_run(out)
+    ids = run.tokenizer.encode("The capital of France is")
+    assert ids == [504, 3575, 282, 4649, 314]
+    with torch.inference_mode():
+        logits = run.model(torch.tensor([ids])).logits[0]
+    for row, likeliest, norm in zip(logits, LIKELIEST, NORMS, strict=True):
+        values, found = row.topk(3)
+        assert found.tolist() == [each for each, _ in likeliest]
+        assert values.tolist() == pytest.approx([value for _, value in likeliest], abs=2e-3)
+        assert float(row.norm()) == pytest.approx(norm, rel=1e-5)
     words = [
         "generate",
         str(out),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -76,7 +77,8 @@ class Cache:
             manifest = json.loads((folder / MANIFEST).read_text())
             wrong = [name for name, digest in manifest["files"].items() if file_digest(folder / name) != digest]
             if not wrong:
-                os.utime(folder)  # when it was used last
+                with contextlib.suppress(OSError):  # it may be somebody else's, to be read alone
+                    os.utime(folder)  # when it was used last
                 return Entry(folder, manifest["facts"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             wrong = [f"{MANIFEST}: {error}"]

@@ -17,7 +17,7 @@ import platform
 import tempfile
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,7 +74,7 @@ class Description(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Of a graph, in its order. The length of `place` is that of the cache and 2 more, since 0 and 1 are sizes of their own."""
+    """Of a graph, in its order. `place` is 2 longer than the cache, since for 0 and 1 `torch.export` makes other graphs."""
 
     x: Tensor
     k: Tensor
@@ -331,9 +331,7 @@ def _check(description: Description) -> None:
         if own["hooks"]:
             raise NotAhead(f"there are hooks on {name or 'a block'}")
         for key, value in own.items():
-            values = value.values() if isinstance(value, dict) else value
-            values = values if isinstance(value, list | tuple | set | dict) else [value]
-            if any(isinstance(each, Tensor) for each in values):
+            if any(isinstance(each, Tensor) for each in _contents(value)):
                 raise NotAhead(f"{name}.{key} is a tensor that is neither parameter nor buffer")
 
 
@@ -354,6 +352,13 @@ def _untouched(block: nn.Module) -> Iterator[None]:
                 for key, value in values.items():
                     _refill(value, was.get(key))
             raise NotAhead("it keeps something of each call")
+
+
+def _contents(value: object) -> Iterable[object]:
+    """What a container holds; anything else holds itself."""
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list | tuple | set) else [value]
 
 
 def _refill(container: object, was: object) -> None:

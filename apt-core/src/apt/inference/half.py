@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from apt.inference.packed import PackedLinear, get_packed
 
-LARGEST = torch.finfo(torch.float16).max
+LARGEST, SMALLEST = torch.finfo(torch.float16).max, 2**-16
 
 torch.library.define("apt::multiply_half", "(Tensor x, Tensor number, SymInt out_features) -> Tensor")
 torch.library.define("apt::unpack_half", "(Tensor number, SymInt out_features, SymInt in_features) -> Tensor")
@@ -50,14 +50,18 @@ class HalfLinear(PackedLinear):
 
     kind = "bf16 as fp16"
 
+    _whole: Tensor | None
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
         self.hold(linear.weight.detach())
+        self.register_buffer("_whole", None, persistent=False)
 
     @staticmethod
     def supports(linear: nn.Linear) -> bool:
-        """Whether each of the weights has a number in float16."""
-        return bool((linear.weight.abs() <= LARGEST).all())
+        """Whether float16 has numbers for the weights: none too large, and not all of them too small."""
+        largest = float(linear.weight.abs().max())
+        return largest == 0 or SMALLEST <= largest <= LARGEST
 
     @staticmethod
     def is_worth_it() -> bool:
@@ -84,6 +88,10 @@ class HalfLinear(PackedLinear):
 
     @property
     def weight(self) -> Float[Tensor, "out width"]:
-        """The weights as they are now, in bfloat16."""
+        """The weights in bfloat16. They are kept: unpacking takes longer than a product, and who asks does so at each token."""
+        if self._whole is not None:
+            return self._whole
         weight: Tensor = torch.ops.apt.unpack_half(self._number, self.out_features, self.in_features)
+        if not torch.compiler.is_compiling():
+            self._whole = weight
         return weight
