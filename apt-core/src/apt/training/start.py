@@ -39,6 +39,7 @@ from apt.training.checkpoint import (
     step_of,
     verify,
 )
+from apt.training.holding import is_empty
 from apt.training.record import METRICS, RECORD
 from apt.training.snapshot import clear_unfinished, point
 from apt.training.tensors import model_tensors, saved_shapes
@@ -83,11 +84,9 @@ class Start:
     @classmethod
     def find(cls, config: APTConfig, out: Path, resume: str, branch: Path | None) -> Start:
         """Where the run in `out` starts. Raises `UserError` and its kin where it cannot."""
-        if out.exists() and not out.is_dir():
-            raise UserError(f"{out}: is a file; give a folder as --out")
         folder: Path | None = None
         if branch is not None or resume == "never":
-            if out.is_dir() and any(out.iterdir()):
+            if not is_empty(out):
                 raise UserError(f"{out}: is not empty; give another --out, or train with --resume auto to go on there")
             folder = branch
         elif resume != "auto" or holds_checkpoints(out):
@@ -96,7 +95,7 @@ class Start:
             _require_no_parent(out)
             return cls()
         is_moved = branch is None and folder.resolve().parent != out.resolve()
-        if is_moved and out.is_dir() and any(out.iterdir()):
+        if is_moved and not is_empty(out):
             raise UserError(
                 f"{out}: is not empty, and is not the run of {folder}; give a new folder as --out, "
                 f"or {folder.parent} to go on there"

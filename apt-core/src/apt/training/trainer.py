@@ -45,6 +45,7 @@ from apt.training.checkpoint import (
 )
 from apt.training.evaluate import Score, score, untouched
 from apt.training.guard import explain_memory
+from apt.training.holding import hold
 from apt.training.journal import Journal
 from apt.training.loggers import Loggers
 from apt.training.loss import LossStep
@@ -152,6 +153,12 @@ class Trainer:
         if not ranks.is_main:
             self.console = Console(quiet=True)
         ranks.check_equal("the providers (their lock)", make_lock(self.resolved).digest)
+        with hold(self.out, ranks, self._warn):
+            return self._fit_alone()
+
+    def _fit_alone(self) -> RunResult:
+        """While no other run has the folder."""
+        ranks = self.ranks
         self.start = Start.find(self.config, self.out, self.resume, self.branch)
         self.parent = self.start.parent
         ranks.wait()
@@ -204,7 +211,6 @@ class Trainer:
         """The run's folder, which says what the run is."""
         if not self.ranks.is_main:
             return Metrics(None, 0)
-        self.out.mkdir(parents=True, exist_ok=True)
         for line in self.start.take_up(self.out):
             self._warn(line)
         (self.out / PROFILE).write_text(dump_resolved(self.config, self.resolved), encoding="utf-8")
