@@ -187,6 +187,38 @@ def test_a_run_that_goes_on_from_an_earlier_checkpoint_stays_on_that_course(
     assert load_run(aside).state.step == 8
 
 
+def test_a_run_that_was_killed_before_its_card_writes_what_is_missing(
+    profile_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, longer = tmp_path / "run", "training.max_epochs=3"
+    whole = train(profile_file, out).validation
+    with monkeypatch.context() as patched:
+
+        def die(*_: object) -> None:
+            raise Killed
+
+        patched.setattr(trainer, "write_card", die)
+        with pytest.raises(Killed):
+            train(profile_file, out, longer)
+    assert not (out / "README.md").exists()  # that of the end at step 8 would be of another model
+    told, before = (out / "metrics.jsonl").read_bytes(), digest_of(out / "step-000012" / "manifest.json")
+    result = train(profile_file, out, longer, "monitoring.plot=true")
+    assert result.validation.loss != whole.loss
+    assert f"{result.validation.loss:.4f}" in (out / "README.md").read_text()
+    assert (result.state.step, result.interrupted, result.plot) == (12, False, out / "loss.png")
+    assert (out / "metrics.jsonl").read_bytes() == told
+    assert digest_of(out / "step-000012" / "manifest.json") == before
+    with pytest.raises(CheckpointError, match="step 12 is the end of this profile"):
+        train(profile_file, out, longer)
+    # Metrics that were lost are told anew.
+    (out / "README.md").unlink()
+    (out / "metrics.jsonl").write_bytes(b"")
+    train(profile_file, out, longer)
+    assert [(each["event"], each["step"], each["loss"]) for each in read_metrics(out)] == [
+        ("evaluation", 12, result.validation.loss)
+    ]
+
+
 def test_a_branch_that_saved_nothing_does_not_begin_anew(
     run: Path, profile_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ from apt.training.guard import find_makers
 from apt.training.journal import Journal
 from apt.training.randoms import RandomState
 from apt.training.ranks import Ranks
+from apt.training.record import read_metrics
 from apt.training.sample import draw_sample
 from apt.training.saver import Saver
 from apt.training.snapshot import take_snapshot
@@ -58,8 +59,14 @@ class Between:
         if self._is_time_to_save(state) or last or better:
             self.save(state, left_out)
 
-    def evaluate(self, state: RunState) -> None:
-        """Score the model, and let it write."""
+    def end_again(self, state: RunState) -> None:
+        """After the last step of a run that was killed between its last checkpoint and its card: score it, told once."""
+        events = read_metrics(self.out) if self.ranks.is_main else []
+        told = any(each["event"] == "evaluation" and each.get("step") == state.step for each in events)
+        self.evaluate(state, told=self.ranks.any(told))
+
+    def evaluate(self, state: RunState, *, told: bool = False) -> None:
+        """Score the model, and let it write; where that is `told` already, no event is written."""
         with self.journal.paused():
             hook, model, extra = self.hooks.hook, self.parts.model, dict[str, float]()
             hook.apt_evaluation_start(state=state, model=model)
@@ -78,8 +85,10 @@ class Between:
                     f"step {state.step}: the held-out loss is {scored.loss}, though training's was finite: the weights of "
                     "the last steps are broken"
                 )
-            self.journal.evaluated(state, scored, seen, extra, self._whose)
             self.scored, self._scored_at = scored, state.step
+            if told:
+                return
+            self.journal.evaluated(state, scored, seen, extra, self._whose)
             if self.config.evaluation.samples and self.ranks.is_main:
                 self._sample(state)
 

@@ -40,7 +40,7 @@ from apt.training.checkpoint import (
     verify,
 )
 from apt.training.holding import is_empty
-from apt.training.record import METRICS, RECORD
+from apt.training.record import CARD, METRICS, RECORD
 from apt.training.snapshot import clear_unfinished, point
 from apt.training.tensors import model_tensors, saved_shapes
 
@@ -138,6 +138,11 @@ class Start:
     def is_new(self) -> bool:
         """Whether this is the beginning of a run, on a trunk or without."""
         return self.checkpoint is None or self.is_branch
+
+    @property
+    def lacks_card(self) -> bool:
+        """Whether a run goes on that was killed, were it after its last step: the card is what it writes last."""
+        return self._own is not None and not (self._own.resolve().parent / CARD).is_file()
 
     @property
     def parent(self) -> dict[str, object] | None:

@@ -63,7 +63,7 @@ def take_over(
     for fault in faults:
         warn(f"{folder.name}: {fault}")
     state, progress = read_state(saved), saved["progress"]
-    if state.step >= parts.max_steps:
+    if state.step > parts.max_steps or (state.step == parts.max_steps and not start.lacks_card):
         raise CheckpointError(f"{folder}: step {state.step} is the end of this profile; raise max_epochs or max_steps")
     check_phase(folder, state, config)
     if not faults and start.has_same_parts:  # other code has proven nothing

@@ -57,7 +57,7 @@ from apt.training.plot import plot_run
 from apt.training.progress import Report
 from apt.training.randoms import repeatable
 from apt.training.ranks import ALONE, Ranks, join_ranks, list_unshared
-from apt.training.record import RECORD, Metrics, write_record
+from apt.training.record import CARD, RECORD, Metrics, write_record
 from apt.training.saver import Saver
 from apt.training.snapshot import local_code
 from apt.training.start import Start
@@ -213,6 +213,7 @@ class Trainer:
             return Metrics(None, 0)
         for line in self.start.take_up(self.out):
             self._warn(line)
+        (self.out / CARD).unlink(missing_ok=True)  # of an end that is none any more
         (self.out / PROFILE).write_text(dump_resolved(self.config, self.resolved), encoding="utf-8")
         for name, code in local_code(self.resolved).items():
             (self.out / name).write_bytes(code)
@@ -326,6 +327,8 @@ class Trainer:
         if origin is not None and not restore_random(origin, self.ranks.rank):
             self._warn(f"{origin.name} was saved by fewer ranks; rank {self.ranks.rank} draws anew")
         try:
+            if self.state.step == self.state.max_steps:
+                self.between.end_again(self.state)
             while self.state.step < self.state.max_steps and not self._stop:
                 self._take_step()
                 # Agreed on here and nowhere else, so that no rank is a step ahead of another.
