@@ -68,13 +68,40 @@ class Poison(Plugin):
         return {"poison": output.logits.square().mean() * (float("nan") if poisoned else 0.0)}
 
 
+class Counting(Poison):
+    """Counts steps in a number and in a tensor, and saves both."""
+
+    _count: int = PrivateAttr(default=0)
+    _sum: torch.Tensor = PrivateAttr(default_factory=lambda: torch.zeros(()))
+
+    @hookimpl
+    def apt_step_end(self) -> None:
+        self._count += 1
+        self._sum += 1
+
+    @hookimpl
+    def apt_checkpoint_save(self) -> dict[str, object]:
+        return {"count": self._count, "sum": self._sum}
+
+    @hookimpl
+    def apt_checkpoint_load(self, saved: dict[str, Any]) -> None:
+        self._count, self._sum = saved["count"], saved["sum"].clone()
+
+
 def train(
-    profile: Path, out: Path, *sets: str, at: int = -1, times: int = 1, damages: Path | None = None, **how: Any
+    profile: Path,
+    out: Path,
+    *sets: str,
+    at: int = -1,
+    times: int = 1,
+    damages: Path | None = None,
+    kind: type[Poison] = Poison,
+    **how: Any,
 ) -> RunResult:
     registry = Registry(discover)
     here = {"at": at, "times": times, "damages": damages, "__doc__": ""}
     registry.register("logger", "forgetful", Forgetful)
-    registry.register("plugin", "poison", type("PoisonHere", (Poison,), here))
+    registry.register("plugin", "poison", type("PoisonHere", (kind,), here))
     words = ["plugins=[poison]", "training.on_nonfinite=rewind", "training.keep_last=9", *sets]
     loaded = load_profile(profile, sets=words, registry=registry)
     return Trainer(loaded.config, out, resolved=loaded.resolved, console=Console(file=io.StringIO()), **how).fit()
@@ -120,6 +147,18 @@ def test_what_tells_of_going_back_outlasts_going_back_to_the_same_step_again(
     assert told(tmp_path / "run", "nonfinite") == [6, 6]
     assert told(tmp_path / "run", "train") == list(range(1, 13))
     assert read_saved(find_checkpoint(tmp_path / "run"))["progress"]["left_out"] == 6
+
+
+def test_a_plugin_that_the_trunk_lacks_goes_back_with_the_branch_to_how_it_began(
+    profile_file: Path, tmp_path: Path
+) -> None:
+    trunk = train(profile_file, tmp_path / "trunk", "plugins=[]", "training.max_steps=4").folder
+    how: dict[str, Any] = {"at": 7, "times": 2, "kind": Counting, "branch": find_checkpoint(trunk)}
+    result = train(profile_file, tmp_path / "branch", "training.max_steps=8", "training.save_every=8", **how)
+    assert told(result.folder, "nonfinite") == [7, 7]
+    plugin = result.resolved.plugins["poison"]
+    assert isinstance(plugin, Counting)
+    assert (plugin._count, plugin._sum.item()) == (4, 4)
 
 
 class Forgetful(LoggerProvider):

@@ -8,8 +8,9 @@ A run is steps (`apt.training.step`) between the moments that belong to them: th
 from __future__ import annotations
 
 import contextlib
+import copy
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -119,6 +120,8 @@ class Trainer:
         self.troubles = 0
         """How often numbers were not finite since the run last came further than where they were."""
         self.trouble_at = -1
+        self._first: dict[str, Mapping[str, object]] = {}
+        """How plugins were before the first step, of which the checkpoint that the run began with knows nothing."""
 
     def fit(self) -> RunResult:
         """Train to the end, or until Ctrl-C or SIGTERM, which finish the step and save.
@@ -305,13 +308,19 @@ class Trainer:
             self._warn(f"{folder.name} holds no memory of the optimizer for {what}; it begins anew for them")
         return taken
 
-    def _restore(self, folder: Path, names: dict[str, str] | None = None) -> list[str]:
+    def _restore(
+        self,
+        folder: Path,
+        names: dict[str, str] | None = None,
+        first: Mapping[str, Mapping[str, object]] | None = None,
+    ) -> list[str]:
+        """Be what a checkpoint holds, and plugins that saved nothing there what `first` says; see `restore`."""
         state, hooks, fresh = restore(folder, self.model, self.parts.optimizer, names)
         self.state = replace(
             self.state, step=state.step, epoch=state.epoch, plugins_on=state.plugins_on, values=state.values
         )
         self.phases.restore(self.state)
-        self.hooks.load_state(self.state, hooks)
+        self.hooks.load_state(self.state, {**_copy(first or {}), **hooks})
         return fresh
 
     def _warn(self, text: str) -> None:
@@ -324,6 +333,9 @@ class Trainer:
         hook, model, optimizer = self.hooks.hook, self.model.train(), self.parts.optimizer
         hook.apt_training_start(state=self.state, model=model, optimizer=optimizer)
         origin = self.start.checkpoint
+        if origin is not None and self.config.training.on_nonfinite == "rewind":
+            known, now = read_saved(origin)["hooks"], self.hooks.save_state(self.state)
+            self._first = _copy({name: saved for name, saved in now.items() if name not in known})
         if origin is not None and not restore_random(origin, self.ranks.rank):
             self._warn(f"{origin.name} was saved by fewer ranks; rank {self.ranks.rank} draws anew")
         try:
@@ -386,7 +398,10 @@ class Trainer:
         if folder is None:
             raise AptError(f"{error}; there is no checkpoint to go back to; {ADVICE}") from error
         verify(folder)
-        self._restore(folder, self.taken.names if written is None else None)
+        if written is None:
+            self._restore(folder, self.taken.names, self._first)
+        else:
+            self._restore(folder)
         restore_random(folder, self.ranks.rank)
         self.left_out += read - self.state.step
         # What it began with may be of another run, whose metrics are not here.
@@ -441,3 +456,14 @@ class Trainer:
         if self.parts.is_split and self.ranks.is_main:  # what is split only runs on all ranks together
             model = load_model(find_checkpoint(self.out), self.config, self.resolved, self.state.plugins_on)
         return RunResult(self.out, self.state, self.resolved, scored, model, self.parts.tokenizer, picture, interrupted)
+
+
+def _copy(saved: Mapping[str, Mapping[str, object]]) -> dict[str, Mapping[str, object]]:
+    """What plugins have saved, which they may go on changing."""
+    return {
+        plugin: {
+            key: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+            for key, value in values.items()
+        }
+        for plugin, values in saved.items()
+    }
