@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -195,17 +194,10 @@ def test_a_switch_that_changes_too_much_stops_the_run_and_is_recorded(tiny: APTC
 def test_a_declared_loss_that_never_arrives_stops_the_run(
     tiny: APTConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Silent(AlignPlugin):
-        losses: ClassVar[Mapping[str, str]] = {"align": "align_weight", "promise": ""}
-
-    from apt.core.registry import registry
-
-    registry.register("plugin", "align", Silent, override=True)
-    try:
+    with monkeypatch.context() as patched:
+        patched.setattr(AlignPlugin, "losses", {**AlignPlugin.losses, "promise": ""})
         with pytest.raises(ProofOfUseError, match=r"step 10: .*\n.*plugins.align: declares the loss 'promise', which"):
             train(tiny, tmp_path / "plugin")
-    finally:
-        registry.register("plugin", "align", AlignPlugin, override=True)
     monkeypatch.setattr(TopK, "losses", {**TopK.losses, "promise": "balance_loss"})
     with pytest.raises(
         ProofOfUseError, match=r"step 5: .*\n.*router.topk_default .*blocks.0.ffn.router: declares the loss 'promise'"
