@@ -1,6 +1,7 @@
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from apt.core import registry
 from apt.core.providers import FFNProvider, RouterProvider
 from apt.errors import OptionsError
+from apt_moe.expert_choice import ExpertChoice
 from apt_moe.provider import MoE, TopK
 from apt_moe.routers import Switch
 
@@ -178,6 +180,29 @@ def test_the_estimates_are_within_a_tenth_of_what_is_measured(
     with saved(layer) as memory:
         layer(x)
     assert sum(memory.values()) == pytest.approx(provider.get_memory_estimate(64, *sizes, batch_size=2), rel=0.1)
+
+
+@pytest.mark.parametrize("backend", ["loop", "bmm", "grouped_mm"])
+@pytest.mark.parametrize(("experts", "top_k", "granularity"), [(4, 2, 1), (16, 3, 1), (8, 2, 2)])
+def test_what_experts_that_choose_their_tokens_keep_is_estimated(
+    backend: Literal["loop", "bmm", "grouped_mm"], experts: int, top_k: int, granularity: int
+) -> None:
+    router = ExpertChoice(top_k=top_k, allow_noncausal=True)
+    provider = MoE(experts=experts, expert="swiglu", router=router, granularity=granularity, backend=backend)
+    layer = provider.create_layer(32, 64)
+    with saved(layer) as memory:
+        layer(torch.randn(2, 64, 32, requires_grad=True))
+    assert sum(memory.values()) == pytest.approx(provider.get_memory_estimate(64, 32, 64, batch_size=2), rel=0.15)
+
+
+@pytest.mark.parametrize("experts", [2, 4])
+def test_what_padding_to_the_busiest_expert_keeps_is_estimated_where_all_are_as_busy(experts: int) -> None:
+    provider = MoE(experts=experts, router=TopK(top_k=experts), backend="bmm")
+    layer = provider.create_layer(32, 64)
+    with saved(layer) as memory, FlopCounterMode(display=False) as counter:
+        layer(torch.randn(2, 64, 32, requires_grad=True))
+    assert counter.get_total_flops() == pytest.approx(2 * provider.get_flops_estimate(64, 32, 64), rel=0.1)
+    assert sum(memory.values()) == pytest.approx(provider.get_memory_estimate(64, 32, 64, batch_size=2), rel=0.1)
 
 
 @contextmanager

@@ -159,12 +159,19 @@ class MoE(FFNProvider):
         return shared + routed + 2 * seq_len * d_model * self.experts * self.granularity
 
     def get_memory_estimate(self, seq_len: int, d_model: int, d_ff: int, batch_size: int = 1) -> int:
-        """The experts' own on k rows a token, and what routing and combining keep."""
-        tokens, k = batch_size * seq_len, self._chosen()
+        """The experts' own on their rows, and what routing and combining keep, where the load is even.
+
+        Rows are k a token; where experts choose their tokens one for each expert, of which `bmm` runs k. With `bmm` every expert
+        has as many as the busiest: where the load is uneven it takes more, in operations too.
+        """
+        tokens, experts = batch_size * seq_len, self.experts * self.granularity
+        rows = experts if self.router.supports_expert_choice() else self._chosen()
         # Shared experts keep the same input once, and each its output for a weight that is not 1.
         kept = self.expert.get_memory_estimate(seq_len, d_model, d_ff, batch_size) - 4 * tokens * d_model
-        routed = self.expert.get_memory_estimate(seq_len * k, d_model, self._width(d_ff), batch_size)
-        routing = 4 * tokens * d_model * (1 + k) + 4 * tokens * (4 * self.experts * self.granularity)
+        run = self._chosen() if self.backend == "bmm" else rows
+        routed = self.expert.get_memory_estimate(seq_len * run, d_model, self._width(d_ff), batch_size)
+        copied = rows if self.backend == "bmm" else 0  # what is put in each expert's place
+        routing = 4 * tokens * d_model * (1 + rows + copied) + 4 * tokens * (4 * experts)
         return self.shared * kept + routed + routing
 
     def _chosen(self) -> int:
