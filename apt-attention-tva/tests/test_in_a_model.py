@@ -81,6 +81,7 @@ def test_decoding_in_bf16_and_in_eight_bits_follows_float32(name: str, options: 
     for dtype, quantize in (("bf16", None), ("fp32", "int8")):
         model = make(name, options)
         prepare(model, dtype=dtype, quantize=quantize)  # type: ignore[arg-type]
+        assert not any(each.requires_grad for each in model.parameters())
         cache = model.create_cache(2)
         parts = [model(portion, cache=cache).logits for portion in TOKENS.split([30, 1, 10], 1)]
         seen = torch.cat(parts, 1).float()

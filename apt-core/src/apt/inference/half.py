@@ -60,7 +60,7 @@ class HalfLinear(PackedLinear):
     @staticmethod
     def supports(linear: nn.Linear) -> bool:
         """Whether float16 has numbers for the weights: none too large, and not all of them too small."""
-        largest = float(linear.weight.abs().max())
+        largest = float(linear.weight.detach().abs().max())
         return largest == 0 or SMALLEST <= largest <= LARGEST
 
     @staticmethod

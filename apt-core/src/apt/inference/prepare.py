@@ -48,9 +48,9 @@ def prepare(
     check_device(quantize, where)
     if compiled and where.type == "cpu":
         check_compiler("--compile")
-    model.eval().requires_grad_(False)
     for block, name, layer in _attention(model):
         setattr(block, name, _fold(layer))
+    model.eval().requires_grad_(False)  # what was folded has weights of its own
     if dtype != "fp32":
         _cast(model, DTYPES[dtype])
         if where.type == "cpu" and HalfLinear.is_worth_it():
