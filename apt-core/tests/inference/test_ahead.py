@@ -31,6 +31,7 @@ from apt.modeling.model import Decoder
 TOKENIZER = ByteTokenizer()
 ENDLESS = SpecialIds(start=None, stop=frozenset())
 PROMPTS = ["hello there", "x", "ab"]
+YARN = {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_seq_len": 4}}
 Made = list[ExportedProgram]
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 
@@ -99,11 +100,9 @@ def forbid(model: Decoder) -> None:
 @pytest.mark.parametrize(
     ("options", "graphs"),
     [
-        ({}, 2),
         ({"num_kv_heads": 2, "window": 8}, 3),
         ({"sinks": True, "qk_norm": True, "bias": "all"}, 2),
-        ({"positions": "none"}, 2),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_seq_len": 4}}, 2),
+        *(pytest.param(options, 2, marks=pytest.mark.thorough) for options in ({}, {"positions": "none"}, YARN)),
     ],
 )
 def test_it_writes_what_the_model_writes_with_one_graph_for_all_blocks_and_lengths(
@@ -321,6 +320,7 @@ def test_training_and_gradients_are_left_to_torch_compile(made: Made) -> None:
     assert not made
 
 
+@pytest.mark.thorough
 def test_a_block_that_chooses_by_lengths_has_a_graph_for_each_choice(
     made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
