@@ -393,7 +393,8 @@ def test_what_a_text_would_wait_for_is_compiled_before(made: Made) -> None:
     forbid(model)
     get_ready(model)
     assert len(made) == 2
-    write(model)
+    for prompt in ("hello", "x"):
+        write(model, prompt)
     assert len(made) == 2
 
 

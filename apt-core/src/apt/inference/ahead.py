@@ -153,8 +153,8 @@ class AheadStep:
         if not known or traced or not x.is_cpu or block.training or not len(x):
             return self._otherwise(block, x, cache=cache, **what)
         full = cache.length >= cache.slots
-        if (not full and cache.length + 1 >= cache.slots) or (full and not cache.rolling):
-            # The last place makes another graph, and is filled once; what finds no place is refused.
+        if not cache.length or (not full and cache.length + 1 >= cache.slots) or (full and not cache.rolling):
+            # The first place and the last make other graphs, and are filled once; what finds no place is refused.
             return as_part(block(x, cache=cache, **what))
         kind = _kind(x, cache, given, cache.slots if full else None)
         bound = self._newest.get(block)
