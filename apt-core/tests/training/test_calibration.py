@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from apt.builtin import flex
 from apt.core.config import APTConfig
 from apt.core.profile import load_profile
 from apt.layers.ways import Shape
@@ -101,6 +102,28 @@ def test_what_the_model_does_is_what_is_measured(profile_file: Path) -> None:
     assert all(each.milliseconds > 0 for each in measured.figures)
     assert Calibration.from_dict(json.loads(json.dumps(measured.to_dict()))) == measured
     assert measured.lines[0].startswith("products by ")
+
+
+def test_looking_at_flex_attention_leaves_it_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    compiled: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        compiled.append(graph)
+        return graph
+
+    monkeypatch.setattr(flex, "_find_kernel", lambda compiled: torch.compile(flex._PLAIN, backend=backend))
+    config = APTConfig(
+        vocab_size=259, d_model=32, num_heads=2, num_layers=1, d_ff=16, attention_dropout=0.0, attention_name="flex"
+    )
+    model = ModelBuilder(config).build_model().eval()
+    tokens = torch.zeros(2, 8, dtype=torch.long)
+    products, _ = measuring.find_shapes(model, tokens, bf16=False)
+    assert products[(16, 32, 16)] == 1
+    assert len(compiled) == 1
+    with torch.no_grad():
+        model(tokens)
+    assert len(compiled) == 1
 
 
 def test_bfloat16_is_compared_with_float32_and_has_one_route(profile_file: Path) -> None:

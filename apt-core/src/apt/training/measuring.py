@@ -84,6 +84,11 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
     supports_higher_order_operators = True
     """Such as flex_attention, which is let through like all else."""
 
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """That it only looks on: PyTorch compiles nothing, flex_attention neither, within what may change operators."""
+        return True
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen: dict[Product, int] = {}
