@@ -162,7 +162,8 @@ class _Combine(torch.autograd.Function):
         rows: Tensor, weights: Tensor, order: Tensor, tokens: Tensor, inverse: Tensor, dtype: torch.dtype | None
     ) -> Tensor:
         summed = _sum_of_rows(rows, inverse.view_as(weights), weights)
-        return summed if dtype is None else summed.to(dtype)
+        # A conversion that does nothing would lose the gradient, in silence, where PyTorch 2.11 compiles this.
+        return summed if dtype in (None, summed.dtype) else summed.to(dtype)
 
     @staticmethod
     def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -85,16 +85,6 @@ class MixtureOfExperts(nn.Module):
             if self.dense is None:
                 raise RuntimeError("this mixture holds no dense layer to run while it is off; give it upcycle: true")
             return as_part(self.dense(x, mask=mask))
-        if torch.compiler.is_compiling() and x.is_cuda and torch.is_autocast_enabled("cuda"):
-            # Compiled, the gradient of x was wrong by more than rounding there (PyTorch 2.11, an H200), and why is not known.
-            return self._mix_uncompiled(x, mask, tokens)
-        return self._mix(x, mask, tokens)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _mix_uncompiled(self, x: Tensor, mask: Tensor | None, tokens: Tensor | None) -> Part:
-        return self._mix(x, mask, tokens)
-
-    def _mix(self, x: Tensor, mask: Tensor | None, tokens: Tensor | None) -> Part:
         routed = {"mask": mask} if mask is not None and self.takes_mask else {}
         if self.takes_tokens and tokens is not None:
             routed["tokens"] = tokens
