@@ -130,9 +130,12 @@ def thorough(session: nox.Session) -> None:
 
 @with_lent
 def gpu(session: nox.Session) -> None:
-    """What runs on a CUDA GPU alone, and every part in every mode there; all other tests hide the machine's GPUs."""
+    """What runs on a CUDA GPU alone, and every part in every mode there; all other tests hide the machine's GPUs.
+
+    Warnings are no errors there: what PyTorch warns of differs with GPU, driver and version.
+    """
     install(session, DISTRIBUTIONS)
-    pytest(session, "-n", "4", "-k", "cuda or gpu", "tests/gpu", "tests/together/test_every_part.py")
+    pytest(session, "-n", "4", "-W", "default", "-k", "cuda or gpu", "tests/gpu", "tests/together/test_every_part.py")
 
 
 @with_lent

@@ -36,6 +36,20 @@ def fit(profile: Path, out: Path, *sets: str, resume: str = "never", branch: Pat
     return Trainer(loaded.config, out, resolved=loaded.resolved, console=quiet, resume=resume, branch=branch).fit()
 
 
+def launch(profile: Path, out: Path, *words: str, ranks: bool = True) -> None:
+    """Train in a process of its own, or as one rank that `torchrun` starts."""
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"] if ranks else []
+    done = subprocess.run(
+        [sys.executable, *start, "-m", "apt", "train", "-p", str(profile), "--out", str(out), *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def curve(out: Path) -> list[float]:
     return [float(each["loss"]) for each in read_metrics(out) if each["event"] == "train"]  # type: ignore[arg-type]
 
@@ -123,18 +137,9 @@ def test_matmul_auto_trains_on_a_gpu_and_says_which_way_attention_takes(profile:
 def test_one_rank_over_nccl_on_a_gpu_trains_as_one_process_does(
     profile: Path, tmp_path: Path, parallel: str, precision: str
 ) -> None:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    for out, start, more in (("one", [], []), ("ranks", launch, ["--set", f"hardware.parallel={parallel}"])):
-        words = ["train", "-p", str(profile), "--out", str(tmp_path / out), "--set", f"training.precision={precision}"]
-        done = subprocess.run(
-            [sys.executable, *start, "-m", "apt", *words, *more, "--set", "training.async_save=true"],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=400,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+    sets = ["--set", f"training.precision={precision}", "--set", "training.async_save=true"]
+    launch(profile, tmp_path / "one", *sets, ranks=False)
+    launch(profile, tmp_path / "ranks", *sets, "--set", f"hardware.parallel={parallel}")
     assert curve(tmp_path / "ranks") == pytest.approx(
         curve(tmp_path / "one"), abs=1e-5 if precision == "fp32" else 2e-2
     )
@@ -144,6 +149,23 @@ def test_one_rank_over_nccl_on_a_gpu_trains_as_one_process_does(
     assert curve(tmp_path / "rest") == pytest.approx(
         curve(tmp_path / "one")[3:], abs=1e-4 if precision == "fp32" else 2e-2
     )
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_averaged_weights_of_a_rank_over_nccl_are_those_of_one_process(
+    profile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], parallel: str
+) -> None:
+    sets = ["plugins=[align]", "model.align={provider: mean_teacher, decay: 0.5}"]
+    fit(profile, tmp_path / "one", *sets)
+    words = [each for value in (*sets, f"hardware.parallel={parallel}") for each in ("--set", value)]
+    launch(profile, tmp_path / "ranks", *words)
+    said = []
+    for run in ("one", "ranks"):
+        for weights in ("trained", "ema"):
+            assert main(["evaluate", str(tmp_path / run), "--device", "cuda", "--weights", weights]) == 0
+            said.append(float(capsys.readouterr().out.split()[1]))
+    assert said[:2] == pytest.approx(said[2:], abs=1e-4)
+    assert abs(said[0] - said[1]) > 1e-3, "the average is nothing of its own"
 
 
 def test_too_little_memory_on_a_gpu_is_told_with_what_to_lower(profile: Path, tmp_path: Path) -> None:
