@@ -361,7 +361,7 @@ def gpu(arguments: argparse.Namespace) -> None:
     rows += [Row(kind, many, "autocast") for kind in ("dense", "apt auto", *others)]
     rows.append(Row("dense", many, "bfloat16"))  # again: what the order did
     compiled = ["dense", "apt auto", *[kind for kind in others if kind != TITAN]]
-    rows += [Row(kind, many, "bfloat16", compiled=True) for kind in compiled]
+    rows += [Row(kind, many, dtype, compiled=True) for dtype in ("bfloat16", "autocast") for kind in compiled]
     rows += [Row(kind, few, "bfloat16") for kind in ("dense", "apt auto", "apt bmm", *others, *hf)]
     exact = [kind for kind in others if kind.startswith("hf")]  # torchtitan's products are in bfloat16 always
     for tokens in (some, few):

@@ -189,7 +189,7 @@ def contestants(name: str, arguments: argparse.Namespace, place: Path) -> list[C
                 found.append(Contestant(f"{label}{', compiled' if compiled else ''}", python, case))
     ways = [*itertools.product(("strict", "auto"), (arguments.precision,), (False, True))]
     if arguments.device == "cpu" and arguments.precision == "fp32":
-        ways.append(("auto", "bf16", False))
+        ways.extend((("auto", "bf16", False), ("auto", "bf16", True)))
     for form in ("GPT", "Llama"):
         for matmul, precision, compiled in ways:
             # On a GPU products have one route.
@@ -251,7 +251,7 @@ def apt_profile(
         "data": {
             "source": "files",
             "path": str(place / "text.txt"),
-            "cache": str(place / f"cache-{form}-{matmul}-{compiled}"),
+            "cache": str(place / f"cache-{form}-{matmul}-{precision}-{compiled}"),
             "tokenizer": "threes" if int(str(common["vocab"])) > LETTERS else "byte",
         },
         "monitoring": {"plot": False},
