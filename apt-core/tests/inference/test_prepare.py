@@ -19,8 +19,9 @@ from apt.cli import main
 from apt.core.profile import load_profile
 from apt.errors import UserError
 from apt.inference import packed
+from apt.inference import prepare as inference
 from apt.inference.generate import generate
-from apt.inference.half import HalfLinear
+from apt.inference.half import HalfLinear, RowLinear
 from apt.inference.int8 import AT_ONCE, Int8Linear
 from apt.inference.prepare import prepare
 from apt.modeling.compose import ModelBuilder
@@ -43,15 +44,20 @@ def scores(model: Decoder) -> torch.Tensor:
     return logits
 
 
+@pytest.mark.parametrize("units", [True, False])
 def test_bf16_is_everywhere_but_in_scheduled_values_and_weights_stay_tied(
-    model: Decoder, monkeypatch: pytest.MonkeyPatch
+    model: Decoder, monkeypatch: pytest.MonkeyPatch, units: bool
 ) -> None:
+    monkeypatch.setattr(inference, "has_units", lambda: units)
     monkeypatch.setattr(HalfLinear, "is_worth_it", lambda: False)
     model.register_buffer("temperature", torch.tensor(0.3))
     before = scores(model)
     assert prepare(model, dtype="bf16") == 0.0
     assert {each.dtype for each in model.parameters()} == {torch.bfloat16}
     assert model.head.weight is model.embedding.weight
+    assert {type(each) for each in model.modules() if hasattr(each, "in_features")} == {
+        RowLinear if units else nn.Linear
+    }
     assert model.temperature.dtype == torch.float32
     assert 0 < (scores(model) - before).abs().max() < 0.02 * before.std() * 10
     assert generate(model, TOKENIZER, "x", max_new_tokens=3).tokens
@@ -60,6 +66,7 @@ def test_bf16_is_everywhere_but_in_scheduled_values_and_weights_stay_tied(
 def test_without_units_for_bf16_its_weights_are_multiplied_as_fp16(
     model: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(inference, "has_units", lambda: False)
     monkeypatch.setattr(HalfLinear, "is_worth_it", lambda: True)
     model.blocks[0].attention.out.weight.data[0, 0] = 0  # type: ignore[union-attr, index, operator]
     before = scores(model)
@@ -90,6 +97,33 @@ def test_a_half_layer_is_as_exact_as_bf16_allows(tokens: int, bias: bool) -> Non
     assert "in_features=64, out_features=48, bf16 as fp16" in repr(layer)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), layer(x))
+    assert torch.equal(pickle.loads(pickle.dumps(copy.deepcopy(layer)))(x), layer(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (2, 1)])
+def test_a_row_is_multiplied_as_exactly_as_bf16_allows_and_compiled_as_it_is(
+    shape: tuple[int, int], bias: bool
+) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 48, bias=bias).to(torch.bfloat16)
+    x = torch.randn(*shape, 64, dtype=torch.bfloat16)
+    layer = RowLinear(linear)
+    right = nn.functional.linear(x.float(), linear.weight.float(), None if linear.bias is None else linear.bias.float())
+    assert layer(x).dtype == torch.bfloat16
+    torch.testing.assert_close(layer(x), right.to(torch.bfloat16), atol=2**-8, rtol=2**-7)
+    assert layer.weight is linear.weight
+    assert f"in_features=64, out_features=48, bias={bias}" in repr(layer)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(graph)
+        return graph
+
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend=backend)(x), layer(x))
+    called = [node.target for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
+    assert (torch.ops.apt.multiply_row in called) == (shape == (1, 1))
     assert torch.equal(pickle.loads(pickle.dumps(copy.deepcopy(layer)))(x), layer(x))
 
 

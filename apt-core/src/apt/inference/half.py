@@ -1,4 +1,4 @@
-"""Linear layers whose weights are in 16 bits, for a processor that has no products of bfloat16."""
+"""Linear layers whose weights are in 16 bits, on a processor: with units for products of bfloat16 and without."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 from apt.inference.packed import PackedLinear, get_packed
 
 LARGEST, SMALLEST = torch.finfo(torch.float16).max, 2**-16
 
 torch.library.define("apt::multiply_half", "(Tensor x, Tensor number, SymInt out_features) -> Tensor")
+torch.library.define("apt::multiply_row", "(Tensor weight, Tensor x) -> Tensor")
 torch.library.define("apt::unpack_half", "(Tensor number, SymInt out_features, SymInt in_features) -> Tensor")
 
 
@@ -28,6 +30,16 @@ def _shape_of_product(x: Tensor, number: Tensor, out_features: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
 
+@torch.library.impl("apt::multiply_row", "CPU")
+def _multiply_row(weight: Tensor, x: Tensor) -> Tensor:
+    return torch.mv(weight, x)
+
+
+@torch.library.impl("apt::multiply_row", "Meta")
+def _shape_of_row(weight: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty(weight.shape[0])
+
+
 @torch.library.impl("apt::unpack_half", "CPU")
 def _unpack(number: Tensor, out_features: int, in_features: int) -> Tensor:
     weight: Tensor = HalfLinear.unpack(get_packed(number))[0].to(torch.bfloat16)
@@ -37,6 +49,37 @@ def _unpack(number: Tensor, out_features: int, in_features: int) -> Tensor:
 @torch.library.impl("apt::unpack_half", "Meta")
 def _shape_of_weight(number: Tensor, out_features: int, in_features: int) -> Tensor:
     return number.new_empty((out_features, in_features), dtype=torch.bfloat16)
+
+
+def has_units() -> bool:
+    """Whether the processor has units for products of bfloat16."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class RowLinear(nn.Module):
+    """y = W x + b with W in bfloat16, the same tensor as before; one row is multiplied as a vector.
+
+    oneDNN's product prepares the weights for its units at each call, which pays for many rows. For one of them PyTorch's product
+    of a matrix and a vector, with sums in float32, took 0.69 to 0.93 of its time (a Xeon with AMX; docs/log.md). Compiled, an
+    operator of our own keeps it: a compiler would write the product out.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch out"]:
+        """The product, in the dtype of `x`."""
+        if x.numel() != self.in_features:
+            return functional.linear(x, self.weight, self.bias)
+        multiply = torch.ops.apt.multiply_row if torch.compiler.is_compiling() else torch.mv
+        y: Tensor = multiply(self.weight, x.reshape(-1)).view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        """Its sizes, as `nn.Linear` says them."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
 class HalfLinear(PackedLinear):
@@ -66,8 +109,7 @@ class HalfLinear(PackedLinear):
     @staticmethod
     def is_worth_it() -> bool:
         """Whether the processor has no units for bfloat16, and PyTorch this product."""
-        units = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return not units and torch.backends.quantized.engine in ("x86", "fbgemm")
+        return not has_units() and torch.backends.quantized.engine in ("x86", "fbgemm")
 
     @staticmethod
     def pack(*what: Tensor) -> Any:

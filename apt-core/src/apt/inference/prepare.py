@@ -15,7 +15,7 @@ from torch import nn
 
 from apt.errors import UserError
 from apt.inference.ahead import AheadStep
-from apt.inference.half import HalfLinear
+from apt.inference.half import HalfLinear, RowLinear, has_units
 from apt.inference.int8 import Int8Linear
 from apt.layers.cache import KVCache
 from apt.modeling.compiler import check_compiler
@@ -53,10 +53,11 @@ def prepare(
     model.eval().requires_grad_(False)  # what was folded has weights of its own
     if dtype != "fp32":
         _cast(model, DTYPES[dtype])
-        if where.type == "cpu" and HalfLinear.is_worth_it():
-            for parent, name, linear in _linears(model):
-                if HalfLinear.supports(linear):
-                    setattr(parent, name, HalfLinear(linear))
+        for parent, name, linear in _linears(model) if where.type == "cpu" else ():
+            if has_units():
+                setattr(parent, name, RowLinear(linear))
+            elif HalfLinear.is_worth_it() and HalfLinear.supports(linear):
+                setattr(parent, name, HalfLinear(linear))
     if compiled:
         model.compile_step(AheadStep if where.type == "cpu" else None)
     return _quantize(model) if quantize is not None else 0.0
