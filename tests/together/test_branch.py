@@ -81,6 +81,27 @@ def test_an_experiment_can_start_at_once(trunk: Path, tmp_path: Path) -> None:
     assert switch["step"] == 6
 
 
+def test_a_branch_s_options_count_where_a_schedule_could_move_them_and_a_trunk_saved_them(
+    trunk: Path, tmp_path: Path
+) -> None:
+    experts = tmp_path / "experts"
+    router = "model.ffn.router={provider: topk_default, top_k: 2, balance_loss: %s, temperature: %s}"
+    words = [*EXPERTS, "--set", "schedules.enable_moe_at_step=8", "--set", "training.save_every=1"]
+    assert branch(trunk, experts, 6, *words, "--set", router % (0.01, 1.0), "--set", "model.ffn.capacity=1.25") == 0
+    out = tmp_path / "other"
+    words = ["--set", router % (7.0, 0.5), "--set", "model.ffn.capacity=3.0", "--set", "training.max_epochs=5"]
+    assert branch(experts, out, 19, *words) == 0
+    values = {name: value.item() for name, value in load_run(out).model.state_dict().items() if not value.dim()}
+    assert {value for name, value in values.items() if name.endswith("balance_weight")} == {7.0}
+    assert {value for name, value in values.items() if name.endswith("temperature")} == {0.5}
+    assert {value for name, value in values.items() if name.endswith("capacity_factor")} == {3.0}
+    lost = {
+        folder: [event for event in read_metrics(folder) if event["event"] == "train"][-1]["loss_balance_loss"]
+        for folder in (experts, out)
+    }
+    assert float(lost[out]) > 100 * float(lost[experts])  # type: ignore[arg-type]
+
+
 def test_the_parent_is_recorded_and_a_resumed_branch_remembers_it(trunk: Path, tmp_path: Path) -> None:
     out = tmp_path / "branch"
     assert branch(trunk, out, 6, "--set", "training.learning_rate=1e-4", "--set", "training.max_epochs=3") == 0

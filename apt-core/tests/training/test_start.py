@@ -14,7 +14,7 @@ from apt.cli import main
 from apt.core.config import APTConfig
 from apt.core.profile import load_profile
 from apt.errors import CheckpointError, UserError
-from apt.training import trainer
+from apt.training import record, trainer
 from apt.training.changes import BRANCH, check_changes
 from apt.training.checkpoint import digest_of, load_run, verify
 from apt.training.record import read_metrics
@@ -229,6 +229,25 @@ def test_a_branch_that_saved_nothing_does_not_begin_anew(
             main(["branch", str(run), "--out", str(tmp_path / "branch"), *words])
     with pytest.raises(UserError, match=r"branch: began at .*step-000008 and was stopped before its first checkpoint"):
         train(tmp_path / "branch" / "resolved.yaml", tmp_path / "branch")
+
+
+@pytest.mark.parametrize("during", ["distributions", "_git", "make_lock"])
+def test_a_branch_that_was_killed_while_its_folder_was_written_does_not_begin_anew(
+    run: Path, profile_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, during: str
+) -> None:
+    def kill(*arguments: object) -> None:
+        raise Killed
+
+    out = tmp_path / "branch"
+    with monkeypatch.context() as patched:
+        patched.setattr(record, during, kill)
+        with pytest.raises(Killed):
+            main(["branch", str(run), "--out", str(out), "--set", "training.max_epochs=3"])
+    if (out / "resolved.yaml").exists() or (out / "record.json").exists():
+        with pytest.raises(UserError, match=r"branch: began at .*step-000008 and was stopped before its first"):
+            train(profile_file, out, "training.max_epochs=3")
+    else:
+        assert during != "make_lock"
 
 
 @pytest.mark.parametrize(("parallel", "said"), [("none", "ddp"), ("fsdp", "fsdp")])

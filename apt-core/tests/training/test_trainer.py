@@ -263,6 +263,15 @@ def test_scheduled_values_reach_the_module_at_every_step(profile_file: Path, tmp
     assert result.resolved.plugins["watch"]._gains == [1 + step / 8 for step in range(4, 8)]  # type: ignore[attr-defined]
 
 
+def test_a_value_that_is_scheduled_no_longer_is_what_the_option_says(profile_file: Path, tmp_path: Path) -> None:
+    sets = [*WATCHED, "training.max_steps=6"]
+    train(profile_file, tmp_path / "run", *sets, "schedules.gain={start: 3, end: 3, by: step}")
+    result = train(profile_file, tmp_path / "run", *WATCHED, resume="auto")
+    values = [value for name, value in result.model.state_dict().items() if name.endswith("gain")]
+    assert values
+    assert {float(value) for value in values} == {1.0}
+
+
 def test_what_is_off_gets_no_gradient_no_decay_and_no_step(profile_file: Path, tmp_path: Path) -> None:
     sets = [*WATCHED, "training.weight_decay=0.5", "schedules.enable_watch_at_epoch=2"]
     short = train(profile_file, tmp_path / "short", *sets, "training.max_steps=2")

@@ -98,6 +98,7 @@ class Phases:
         self.schedule = Schedule(config)
         self.buffers, self.measure, self.certified = buffers, measure, certified
         self.begins_anew = begins_anew
+        self._options = {name: [buffer.item() for buffer in each] for name, each in buffers.items()}
 
     def enter(self, state: RunState, *, first_of_epoch: bool) -> RunState:
         """The state of the step that is about to run. Raises `SwitchError` where a switch changes too much."""
@@ -113,11 +114,20 @@ class Phases:
         self.hooks.hook.apt_step_start(state=state)
         return state
 
-    def restore(self, state: RunState) -> None:
-        """Values and switches as a checkpoint's state says."""
+    def restore(self, state: RunState, *, is_branch: bool) -> None:
+        """Values and switches as a checkpoint's state says, its weights being in place.
+
+        A value that is scheduled no longer is what the profile's options say, and so are all that a branch does not schedule:
+        it may have other options than its trunk.
+        """
         for plugin in self.config.plugins:
             set_active(self.model, plugin, plugin in state.plugins_on)
-        self.set_values(state)
+        scheduled = self.schedule.get_all_params(state.epoch, state.step, state.max_epochs, state.max_steps)
+        for name, values in self._options.items():
+            if name not in scheduled and (is_branch or name in state.values):
+                for buffer, value in zip(self.buffers[name], values, strict=True):
+                    buffer.fill_(value)
+        self.set_values(replace(state, values={name: state.values[name] for name in scheduled if name in state.values}))
 
     @torch.no_grad()
     def set_values(self, state: RunState) -> None:

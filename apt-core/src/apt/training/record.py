@@ -152,7 +152,10 @@ def write_record(
         "distributions": {name: versions[name] for name in sorted(wanted & set(versions))},
         "git": _git(),
     }
-    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    # First and at once, since it alone names the parent: without it a run that was killed here would begin anew.
+    temporary = folder / f".{RECORD}.part"
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    temporary.replace(folder / RECORD)
     (folder / LOCK).write_text(json.dumps(make_lock(resolved).to_dict(), indent=1) + "\n")
     pinned = sorted((f"{name}=={version}" for name, version in versions.items()), key=str.lower)
     (folder / ENVIRONMENT).write_text("\n".join(pinned) + "\n")

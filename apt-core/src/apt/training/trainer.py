@@ -217,9 +217,6 @@ class Trainer:
         for line in self.start.take_up(self.out):
             self._warn(line)
         (self.out / CARD).unlink(missing_ok=True)  # of an end that is none any more
-        (self.out / PROFILE).write_text(dump_resolved(self.config, self.resolved), encoding="utf-8")
-        for name, code in local_code(self.resolved).items():
-            (self.out / name).write_bytes(code)
         resumed_at = None if self.start.is_new else self.state.step
         if self.start.is_new or not (self.out / RECORD).is_file():
             write_record(
@@ -232,6 +229,9 @@ class Trainer:
                 self.parent,
                 self.given,
             )
+        (self.out / PROFILE).write_text(dump_resolved(self.config, self.resolved), encoding="utf-8")
+        for name, code in local_code(self.resolved).items():
+            (self.out / name).write_bytes(code)
         loggers = Loggers(self.resolved.loggers, self.out, to_profile(self.config), resumed_at, self._warn)
         return Metrics(self.out, self.taken.metrics, loggers)
 
@@ -319,7 +319,7 @@ class Trainer:
         self.state = replace(
             self.state, step=state.step, epoch=state.epoch, plugins_on=state.plugins_on, values=state.values
         )
-        self.phases.restore(self.state)
+        self.phases.restore(self.state, is_branch=self.start.is_branch and folder == self.start.checkpoint)
         self.hooks.load_state(self.state, {**_copy(first or {}), **hooks})
         return fresh
 
