@@ -10,7 +10,7 @@ from torch import nn
 from apt.core.config import APTConfig
 from apt.core.resolve import resolve_config
 from apt.errors import ProfileError
-from apt.hookspecs import RunState
+from apt.hookspecs import Batch, RunState
 from apt.layers import Output
 from apt.modeling.compose import ModelBuilder
 from apt.modeling.model import Decoder
@@ -172,18 +172,24 @@ def test_a_router_that_the_plugin_balances_is_refused_without_it() -> None:
     resolve_config(alone.model_copy(update={"plugins": ("moe",)}))
 
 
+def drop(share: float, *plugins: MoEPlugin, tokens: int = 1) -> None:
+    batch = Batch(*torch.zeros(2, 1, tokens + 3, dtype=torch.long), torch.arange(tokens + 3)[None] < tokens)
+    for plugin in plugins:
+        output = Output(torch.zeros(1), torch.zeros(1), {}, {"moe_dropped": torch.tensor(share)})
+        plugin.apt_loss_extra(batch, output)
+
+
 def test_what_training_dropped_is_told_at_the_next_evaluation_and_then_forgotten() -> None:
     plugin = MoEPlugin()
-    for dropped in (0.1, 0.3):
-        output = Output(torch.zeros(1), torch.zeros(1), {}, {"moe_dropped": torch.tensor(dropped)})
-        plugin.apt_loss_extra(output)
+    drop(0.5, plugin, tokens=10)
+    drop(0.1, plugin, tokens=30)
     metrics: dict[str, float] = {}
     plugin.apt_evaluation_end(metrics)
     assert metrics == {"moe_dropped_in_training": pytest.approx(0.2)}
     again: dict[str, float] = {}
     plugin.apt_evaluation_end(again)
     assert not again
-    plugin.apt_loss_extra(output)
+    drop(0.5, plugin)
     plugin.apt_model_built()  # of another run, with the same plugin
     plugin.apt_evaluation_end(again)
     assert not again
@@ -191,11 +197,6 @@ def test_what_training_dropped_is_told_at_the_next_evaluation_and_then_forgotten
 
 def test_what_training_dropped_before_a_resume_is_told_too() -> None:
     whole, first, rest = MoEPlugin(), MoEPlugin(), MoEPlugin()
-
-    def drop(share: float, *plugins: MoEPlugin) -> None:
-        for plugin in plugins:
-            plugin.apt_loss_extra(Output(torch.zeros(1), torch.zeros(1), {}, {"moe_dropped": torch.tensor(share)}))
-
     for share in (0.1, 0.3):
         drop(share, whole, first)
     rest.apt_checkpoint_load(json.loads(json.dumps(first.apt_checkpoint_save())))

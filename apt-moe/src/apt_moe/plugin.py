@@ -14,7 +14,7 @@ from apt.core import registry
 from apt.core.providers import Plugin
 from apt.core.resolve import walk
 from apt.errors import Fault, ProfileError
-from apt.hookspecs import RunState, hookimpl
+from apt.hookspecs import Batch, RunState, hookimpl
 from apt_moe.provider import MoE
 
 if TYPE_CHECKING:
@@ -42,8 +42,7 @@ class MoEPlugin(Plugin):
 
     api_level: ClassVar[int] = 1
 
-    _dropped: Any = PrivateAttr(default=None)  # a tensor; its type is not known without PyTorch
-    _micro_batches: float = PrivateAttr(default=0.0)
+    _dropped: Any = PrivateAttr(default=None)  # a tensor [2]: tokens times the share dropped, and tokens
 
     @hookimpl
     def apt_config_resolved(self, config: APTConfig) -> None:
@@ -72,7 +71,7 @@ class MoEPlugin(Plugin):
     @hookimpl
     def apt_model_built(self) -> None:
         """Forget what a run before this one dropped: a process may train one model after another with the same plugin."""
-        self._dropped, self._micro_batches = None, 0.0
+        self._dropped = None
 
     @hookimpl
     def apt_phase_changed(self, state: RunState, plugin: str, model: nn.Module, optimizer: Optimizer) -> None:
@@ -85,27 +84,30 @@ class MoEPlugin(Plugin):
             upcycle(mixture, optimizer, number)
 
     @hookimpl
-    def apt_loss_extra(self, output: Output) -> None:
+    def apt_loss_extra(self, batch: Batch, output: Output) -> None:
         """Add no loss; note the share that a capacity dropped, which evaluation never shows."""
+        import torch
+
         dropped = output.metrics.get("moe_dropped")
         if dropped is not None:
-            self._dropped = dropped.detach() if self._dropped is None else self._dropped + dropped.detach()
-            self._micro_batches += 1
+            tokens = dropped.new_tensor(batch.targets.numel()) if batch.mask is None else batch.mask.sum().to(dropped)
+            seen = torch.stack((dropped.detach() * tokens, tokens)).double()
+            self._dropped = seen if self._dropped is None else self._dropped.to(seen.device) + seen
 
     @hookimpl
     def apt_evaluation_end(self, metrics: dict[str, float]) -> None:
-        """Report the share of assignments that training has dropped since the last evaluation, of all ranks."""
+        """Report the share of assignments that training has dropped since the last evaluation, of all ranks' tokens."""
         if self._dropped is None:
             return
-        total, count = self._sum_up()
-        metrics["moe_dropped_in_training"] = total / count
-        self._dropped, self._micro_batches = None, 0.0
+        dropped, tokens = self._sum_up()
+        metrics["moe_dropped_in_training"] = dropped / max(tokens, 1.0)
+        self._dropped = None
 
     @hookimpl
     def apt_checkpoint_save(self) -> Mapping[str, object]:
         """What was dropped since the last evaluation, of all ranks."""
-        total, count = (0.0, 0.0) if self._dropped is None else self._sum_up()
-        return {"dropped": total, "micro_batches": count}
+        dropped, tokens = (0.0, 0.0) if self._dropped is None else self._sum_up()
+        return {"dropped": dropped, "tokens": tokens}
 
     @hookimpl
     def apt_checkpoint_load(self, saved: Mapping[str, Any]) -> None:
@@ -114,19 +116,15 @@ class MoEPlugin(Plugin):
 
         from apt_moe.functional import over_ranks
 
-        num_ranks = int(over_ranks(torch.ones(())))
-        self._dropped = torch.tensor(saved["dropped"] / num_ranks) if saved["micro_batches"] else None
-        self._micro_batches = saved["micro_batches"] / num_ranks
+        sums = torch.tensor((saved["dropped"], saved.get("tokens", 0.0)), dtype=torch.float64)
+        self._dropped = sums / over_ranks(torch.ones(())).double() if sums[1] else None
 
     def _sum_up(self) -> tuple[float, float]:
-        """The sum of the shares, and how many micro-batches they are of, over all ranks."""
-        import torch
-
+        """Tokens times the share that was dropped of them, and tokens, over all ranks."""
         from apt_moe.functional import over_ranks
 
-        sums = torch.stack((self._dropped.float(), self._dropped.new_tensor(self._micro_batches).float()))
-        total, count = over_ranks(sums).tolist()
-        return total, count
+        dropped, tokens = over_ranks(self._dropped).tolist()
+        return dropped, tokens
 
     @hookimpl
     def apt_step_end(self, state: RunState, model: nn.Module, metrics: dict[str, float]) -> None:
