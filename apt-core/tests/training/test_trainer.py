@@ -26,6 +26,7 @@ from apt.core.registry import Registry, registry
 from apt.core.resolve import resolve_config
 from apt.errors import AptError, CheckpointError, PluginError, ProofOfUseError, UserError
 from apt.hookspecs import hookimpl
+from apt.training import record
 from apt.training import trainer as training
 from apt.training.checkpoint import list_checkpoints, load_run, read_saved
 from apt.training.record import read_metrics
@@ -190,6 +191,22 @@ def test_a_run_leaves_a_folder_that_describes_itself(profile_file: Path, tmp_pat
     )
     assert math.isfinite(result.validation.loss)
     assert f"{result.validation.loss:.4f}" in (result.folder / "README.md").read_text()
+
+
+def test_the_record_says_of_each_start_by_what_code_it_was(
+    profile_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    train(profile_file, out)
+    first = json.loads((out / "record.json").read_text())
+    assert first["resumed"] == []
+    monkeypatch.setattr(record, "_git", lambda: {"commit": "another", "dirty": False})
+    train(profile_file, out, "training.max_epochs=3", resume="auto")
+    again = json.loads((out / "record.json").read_text())
+    (resumed,) = again.pop("resumed")
+    assert again == {key: value for key, value in first.items() if key != "resumed"}
+    assert (resumed["step"], resumed["git"]["commit"]) == (8, "another")
+    assert resumed["providers"] == first["providers"]
 
 
 def test_a_compiled_run_without_a_compiler_says_what_it_needs(

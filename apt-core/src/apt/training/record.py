@@ -124,14 +124,9 @@ def write_record(
 
     `corpus` is None where the model was trained elsewhere.
     """
-    wanted = {"apt-core", "torch", "numpy", "pydantic", "safetensors"} | {
-        each.distribution for each in resolved.resolutions
-    }
-    versions = {each.metadata["Name"]: each.version for each in distributions()}
-    hardware = HardwareProfile.detect_hardware()
     record = {
         "name": config.name,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "started": _now(),
         "parent": parent,
         "command": sys.argv,
         "parameters": parameters,
@@ -145,18 +140,13 @@ def write_record(
             "tokens": {name: len(split.tokens) for name, split in corpus.splits.items()},
             "cache": str(corpus.folder),
         },
-        "providers": [resolution.to_dict() for resolution in resolved.resolutions],
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "hardware": hardware.model_dump(mode="json"),
-        "distributions": {name: versions[name] for name in sorted(wanted & set(versions))},
-        "git": _git(),
+        **_surroundings(resolved),
+        "resumed": [],
     }
     # First and at once, since it alone names the parent: without it a run that was killed here would begin anew.
-    temporary = folder / f".{RECORD}.part"
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(folder / RECORD)
+    _write(folder / RECORD, record)
     (folder / LOCK).write_text(json.dumps(make_lock(resolved).to_dict(), indent=1) + "\n")
+    versions = {each.metadata["Name"]: each.version for each in distributions()}
     pinned = sorted((f"{name}=={version}" for name, version in versions.items()), key=str.lower)
     (folder / ENVIRONMENT).write_text("\n".join(pinned) + "\n")
     place = folder / GIVEN
@@ -165,6 +155,42 @@ def write_record(
         # The profile itself first, then what it inherits from; two of one name lie in different folders.
         name = path.name if path.name not in {each.name for each in given[:number]} else f"{number}-{path.name}"
         shutil.copyfile(path, place / name)
+
+
+def record_resume(folder: Path, resolved: Resolved, step: int) -> None:
+    """Add to the record that the run went on at `step`, when and by what: providers and code may be others by then."""
+    try:
+        record = json.loads((folder / RECORD).read_text())
+    except ValueError:
+        return  # of no use before either, and no reason not to go on
+    again = {"step": step, "started": _now(), "command": sys.argv, **_surroundings(resolved)}
+    _write(folder / RECORD, {**record, "resumed": [*record.get("resumed", ()), again]})
+
+
+def _surroundings(resolved: Resolved) -> dict[str, object]:
+    """The code that runs, and where."""
+    wanted = {"apt-core", "torch", "numpy", "pydantic", "safetensors"} | {
+        each.distribution for each in resolved.resolutions
+    }
+    versions = {each.metadata["Name"]: each.version for each in distributions()}
+    return {
+        "providers": [resolution.to_dict() for resolution in resolved.resolutions],
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "hardware": HardwareProfile.detect_hardware().model_dump(mode="json"),
+        "distributions": {name: versions[name] for name in sorted(wanted & set(versions))},
+        "git": _git(),
+    }
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _write(path: Path, record: Mapping[str, object]) -> None:
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    temporary.replace(path)
 
 
 def provider_lines(resolutions: Iterable[Resolution], separator: str = "  ") -> list[str]:

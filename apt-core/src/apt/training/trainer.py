@@ -58,7 +58,7 @@ from apt.training.plot import plot_run
 from apt.training.progress import Report
 from apt.training.randoms import repeatable
 from apt.training.ranks import ALONE, Ranks, join_ranks, list_unshared
-from apt.training.record import CARD, RECORD, Metrics, write_record
+from apt.training.record import CARD, RECORD, Metrics, record_resume, write_record
 from apt.training.saver import Saver
 from apt.training.snapshot import local_code
 from apt.training.start import Start
@@ -229,6 +229,8 @@ class Trainer:
                 self.parent,
                 self.given,
             )
+        else:
+            record_resume(self.out, self.resolved, self.state.step)
         (self.out / PROFILE).write_text(dump_resolved(self.config, self.resolved), encoding="utf-8")
         for name, code in local_code(self.resolved).items():
             (self.out / name).write_bytes(code)
