@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from apt.errors import CheckpointError
-from apt.training.checkpoint import find_checkpoint, list_checkpoints, verify
+from apt.training.checkpoint import find_checkpoint, list_checkpoints, list_damaged, verify
 from apt.training.saver import Saver
-from apt.training.snapshot import Snapshot, point, write_snapshot
+from apt.training.snapshot import Snapshot, clear_unfinished, point, write_snapshot
 
 
 class Silent:
@@ -71,3 +71,25 @@ def test_a_checkpoint_of_a_step_that_has_one_is_whole_and_pointed_to_before_the_
     assert find_checkpoint(tmp_path).name == "step-000004.2"
     write_snapshot(tmp_path, snapshot(4))
     assert [each.name for each in list_checkpoints(tmp_path)] == ["step-000004"]
+
+
+@pytest.mark.parametrize(("step", "kept"), [(4, "step-000004.2"), (8, "step-000008")], ids=["replaced", "older"])
+def test_a_kill_while_an_old_one_is_removed_leaves_no_half_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, kept: str
+) -> None:
+    saver = Saver(tmp_path, keep_last=1, keep_best=False, asynchronous=False)
+    saver.save(snapshot(4))
+
+    def killed(folder: Path, *, ignore_errors: bool = False) -> None:
+        if folder.exists():
+            (folder / "manifest.json").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            saver.save(snapshot(step))
+    assert [each.name for each in list_checkpoints(tmp_path)] == [kept]
+    assert not list_damaged(tmp_path)
+    clear_unfinished(tmp_path)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["latest", kept]

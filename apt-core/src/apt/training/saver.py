@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 from apt.training.checkpoint import BEST, LATEST, list_checkpoints
 from apt.training.ranks import ALONE, Ranks
-from apt.training.snapshot import WRITTEN, Snapshot, point, write_snapshot
+from apt.training.snapshot import WRITTEN, Snapshot, point, remove, write_snapshot
 
 
 class Saver:
@@ -63,7 +62,7 @@ class Saver:
         done = ordered[: ordered.index(folder) + 1]
         for old in done[: -self.keep_last]:
             if old.name not in named and WRITTEN.fullmatch(old.name):
-                shutil.rmtree(old)
+                remove(old)
 
 
 class _Writing(threading.Thread):

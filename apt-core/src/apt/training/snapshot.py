@@ -60,6 +60,8 @@ WRITTEN = re.compile(r"step-\d{6,}(\.\d+)?")
 """What the folders of checkpoints are called."""
 UNFINISHED = ".part"
 """How the name of one ends that is being written; it is hidden, too."""
+REMOVED = f".removed{UNFINISHED}"
+"""The same of one that is being removed."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ def write_snapshot(run: Path, snapshot: Snapshot, ranks: Ranks = ALONE) -> Path:
             _flush(run)
             point(run, LATEST, folder)
             for old in taken:
-                shutil.rmtree(old)
+                remove(old)
 
     stages = _Stages(folder, temporary, ranks)
     stages.do(write)
@@ -239,9 +241,18 @@ def _writer(path: Path) -> int:
 
 
 def clear_unfinished(run: Path) -> None:
-    """Remove what a run that was killed in mid-write left behind; nobody writes now."""
+    """Remove what a run left behind that was killed while it wrote or removed; nobody does now."""
     for folder in run.glob(f".step-*{UNFINISHED}"):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint: at once for whoever looks for it, and what a kill leaves of it, `clear_unfinished` finds."""
+    hidden = folder.with_name(f".{folder.name}{REMOVED}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    folder.rename(hidden)
+    _flush(folder.parent)
+    shutil.rmtree(hidden)
 
 
 def point(run: Path, pointer: str, folder: Path) -> None:
