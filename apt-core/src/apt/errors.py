@@ -114,6 +114,11 @@ class ConflictError(FaultsError):
 class PluginError(AptError):
     """A plugin failed in a hook; the message names plugin, distribution, version, hook and step."""
 
+    @property
+    def raised(self) -> BaseException:
+        """What the hook itself raised, where it raised anything."""
+        return self if self.__cause__ is None else self.__cause__
+
 
 class ProofOfUseError(AptError):
     """A provider is switched on, but its modules did not run or its parameters got no finite gradient."""

@@ -10,15 +10,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from pydantic import PrivateAttr
 from torch import nn
 
 from apt.core.config import APTConfig
 from apt.core.hooks import HookRunner
 from apt.core.profile import load_profile
+from apt.core.providers import Plugin
 from apt.data.batches import Batches
 from apt.data.tokens import TokenSplit
 from apt.errors import UserError
-from apt.hookspecs import Batch, RunState
+from apt.hookspecs import Batch, RunState, hookimpl
 from apt.layers.memory import memory_for
 from apt.modeling.compose import ModelBuilder
 from apt.training.guard import Source, explain_memory, find_source
@@ -127,6 +129,30 @@ def test_gradients_that_are_finite_and_too_large_for_a_norm_are_told_as_that(pro
 def test_sizes_that_no_memory_holds_are_told_with_what_to_lower(ask: Callable[[], object]) -> None:
     with pytest.raises(UserError, match=r"out of memory .* lower training\.batch_size"), explain_memory():
         ask()
+
+
+class Greedy(Plugin):
+    """Meets an error in a hook."""
+
+    _error: Exception = PrivateAttr(default_factory=MemoryError)
+
+    @hookimpl
+    def apt_step_start(self) -> None:
+        raise self._error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("you tried to allocate memory\nC++:")],
+    ids=lambda error: type(error).__name__,
+)
+def test_too_little_memory_in_a_plugin_is_told_with_its_name_and_with_what_to_lower(error: Exception) -> None:
+    greedy = Greedy()
+    greedy._error = error
+    told = r"out of memory \(plugin 'greedy' .* failed in apt_step_start at step 0: .*\); lower training\.batch_size"
+    state = RunState(0, 0, 1, 1, plugins_on=("greedy",))
+    with pytest.raises(UserError, match=told), explain_memory():
+        HookRunner({"greedy": greedy}).hook.apt_step_start(state=state)
 
 
 def test_clipping_brings_the_whole_gradient_to_the_limit(profile_file: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from apt.core.resolution import describe
-from apt.errors import UserError
+from apt.errors import PluginError, UserError
 from apt.hookspecs import Batch
 from apt.layers import Part, as_part
 from apt.layers.sharded import let_go, local
@@ -116,12 +116,17 @@ def explain_memory() -> Iterator[None]:
     """Say what to lower where memory is not enough."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise UserError(_advice(error)) from error
-    except (RuntimeError, ValueError, TypeError) as error:
-        if not any(words in str(error) for words in OUT_OF_MEMORY):
+    except (MemoryError, RuntimeError, ValueError, TypeError, PluginError) as error:
+        if not _is_memory(error.raised if isinstance(error, PluginError) else error):
             raise
         raise UserError(_advice(error)) from error
+
+
+def _is_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    told = isinstance(error, RuntimeError | ValueError | TypeError)
+    return told and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def _advice(error: BaseException) -> str:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from apt.core.config import APTConfig
-from apt.errors import AptError, UserError
+from apt.errors import AptError, PluginError, UserError
 
 T = TypeVar("T")
 
@@ -143,8 +143,8 @@ def join_ranks(config: APTConfig) -> Iterator[Ranks]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
     try:
         yield ranks
-    except RuntimeError as error:
-        if not _is_lost(error):
+    except (RuntimeError, PluginError) as error:
+        if not _is_lost(error.raised if isinstance(error, PluginError) else error):
             raise
         raise AptError(
             f"rank {ranks.rank} of {size} on {socket.gethostname()}: another rank has died or does not answer "
@@ -168,10 +168,12 @@ def leave(code: int) -> Never:
     os._exit(code)
 
 
-def _is_lost(error: RuntimeError) -> bool:
+def _is_lost(error: BaseException) -> bool:
     """Whether an error is that of a process group that has lost a member."""
     words = ("Connection closed by peer", "Connection reset by peer", "Timed out", "timed out", "Broken pipe")
-    return isinstance(error, dist.DistBackendError | dist.DistNetworkError) or any(word in str(error) for word in words)
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, dist.DistBackendError | dist.DistNetworkError) or any(word in str(error) for word in words)
+    )
 
 
 def list_unshared(config: APTConfig, ranks: Ranks) -> list[str]:
