@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,6 +64,7 @@ def train(profile: Path, out: Path, *sets: str, resume: str = "never") -> tuple[
     registry.register("ffn", "loud", Loud)
     registry.register("plugin", "clashes", Clashes)
     registry.register("plugin", "asks", Asks)
+    registry.register("plugin", "draws", Draws)
     loaded = load_profile(profile, sets=sets, registry=registry)
     output = io.StringIO()
     trainer = Trainer(
@@ -126,6 +128,33 @@ def test_samples_are_drawn_at_each_evaluation_and_change_nothing(profile_file: P
     assert str(samples[1]["text"]) in page
     ours, theirs = (dict(each.model.state_dict()) for each in (plain, result))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+class Draws(Plugin):
+    """Draws from every random state, in training for what is learnt, and in evaluation."""
+
+    api_level: ClassVar[int] = 1
+
+    def _draw(self) -> float:
+        return random.random() + float(np.random.rand()) + float(torch.rand(()))
+
+    @hookimpl
+    def apt_loss_extra(self, output: Output) -> dict[str, torch.Tensor]:
+        return {"drawn": output.logits.square().mean() * self._draw()}
+
+    @hookimpl
+    def apt_evaluation_end(self) -> None:
+        self._draw()
+
+
+def test_what_evaluation_draws_changes_nothing_however_often_it_is_done(profile_file: Path, tmp_path: Path) -> None:
+    sets = ["plugins=[draws]", "model.dropout=0.1"]
+    seldom, _ = train(profile_file, tmp_path / "seldom", *sets, "evaluation.eval_every=4")
+    often, _ = train(profile_file, tmp_path / "often", *sets, "evaluation.eval_every=1")
+    middle = str(tmp_path / "often" / "step-000004")
+    resumed, _ = train(profile_file, tmp_path / "resumed", *sets, "evaluation.eval_every=1", resume=middle)
+    ours, *others = (dict(each.model.state_dict()) for each in (seldom, often, resumed))
+    assert all(torch.equal(ours[name], theirs[name]) for theirs in others for name in ours)
 
 
 class Shouts(Plugin):

@@ -18,7 +18,7 @@ from apt.training.card import write_samples
 from apt.training.evaluate import Score, evaluate, untouched
 from apt.training.guard import find_makers
 from apt.training.journal import Journal
-from apt.training.randoms import RandomState
+from apt.training.randoms import RandomState, same_randoms
 from apt.training.ranks import Ranks
 from apt.training.record import read_metrics
 from apt.training.sample import draw_sample
@@ -67,7 +67,7 @@ class Between:
 
     def evaluate(self, state: RunState, *, told: bool = False) -> None:
         """Score the model, and let it write; where that is `told` already, no event is written."""
-        with self.journal.paused():
+        with self.journal.paused(), same_randoms():  # parts, plugins and loggers may draw
             hook, model, extra = self.hooks.hook, self.parts.model, dict[str, float]()
             hook.apt_evaluation_start(state=state, model=model)
             scored, seen = evaluate(

@@ -15,7 +15,7 @@ from apt.data.tokens import TokenSplit
 from apt.hookspecs import Batch
 from apt.layers.sharded import let_go
 from apt.modeling.model import Decoder
-from apt.training.randoms import random_devices
+from apt.training.randoms import same_randoms
 from apt.training.ranks import ALONE, Ranks
 
 
@@ -100,7 +100,7 @@ def score(
 def untouched(model: nn.Module) -> Iterator[None]:
     """A context after which random states and the model's buffers are what they were before."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with torch.random.fork_rng(random_devices()):
+    with same_randoms():
         try:
             yield
         finally:

@@ -48,6 +48,16 @@ class RandomState:
             torch.cuda.set_rng_state(self.tensors["cuda"])
 
 
+@contextlib.contextmanager
+def same_randoms() -> Iterator[None]:
+    """A context after which all random states are what they were before."""
+    before = RandomState.now()
+    try:
+        yield
+    finally:
+        before.restore()
+
+
 def name_tensors(states: Sequence[RandomState]) -> dict[str, Tensor]:
     """The tensors of all ranks, each with a name of its own."""
     return {
