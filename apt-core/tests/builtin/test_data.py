@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from apt.builtin.data import Files, JsonLines, StandardLibrary
+from apt.builtin.data import Files, JsonLines, Pairs, StandardLibrary
 from apt.data import files as module
 from apt.data.files import TextFile
 from apt.errors import DataError
@@ -87,6 +87,35 @@ def test_a_folder_without_what_is_looked_for_says_what_was_looked_for(tmp_path: 
     (tmp_path / "a.md").write_text("a")
     with pytest.raises(DataError, match=r"matches no file .* but holds no \*.txt: set data.pattern"):
         list(Files(path=str(tmp_path)).read())
+
+
+@pytest.mark.parametrize("source", [Files, JsonLines, Pairs])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"path": ""},
+            r"data\.path: '' names no file; give a file, a folder, a glob, or '\.' for the working directory",
+        ),
+        ({"path": []}, r"data\.path: \[\] names no file"),
+        ({"path": ["a.txt", ""]}, r"data\.path: \['a.txt', ''\] names no file"),
+        ({"path": "~nosuch/x.txt"}, r"data\.path: '~nosuch/x.txt': there is no home folder '~nosuch'"),
+        ({"path": ".", "pattern": "/x/*.txt"}, r"data\.pattern: '/x/\*\.txt' cannot be looked for .*below data\.path"),
+    ],
+)
+def test_options_that_cannot_name_files_are_refused(
+    source: type[Files | JsonLines | Pairs],
+    options: dict[str, str | list[str]],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "a.jsonl"):
+        write_lines(tmp_path / name, {"text": "a", "source": "a", "target": "a"})
+    for use in (lambda asked: list(asked.read()), lambda asked: asked.fingerprint()):
+        with pytest.raises(DataError, match=message):
+            use(source.model_validate(options))
 
 
 def test_a_file_is_read_in_pieces_that_never_cut_a_character(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

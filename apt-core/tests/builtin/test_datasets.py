@@ -53,7 +53,9 @@ def test_what_cannot_be_had_is_said(rows: str, tmp_path: Path) -> None:
         list(Datasets(path="json", data_files=rows, field="n").read())
     with pytest.raises(DataError, match=r"datasets: json \(tset\): after 0 rows"):
         list(Datasets(path="json", data_files=rows, split="tset").read())
-    with pytest.raises(DataError, match=r"matches no file"):
+    with pytest.raises(DataError, match=r"data\.data_files: '' names no file"):
+        list(Datasets(path="json", data_files="").read())
+    with pytest.raises(DataError, match=r"data\.data_files: .* matches no file"):
         list(Datasets(path="json", data_files=str(tmp_path / "*.csv")).read())
     with pytest.raises(DataError, match=r"datasets: no-such/thing \(train\): after 0 rows"):
         list(Datasets(path="no-such/thing").read())

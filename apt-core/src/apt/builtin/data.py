@@ -196,7 +196,7 @@ class Datasets(DataProvider):
         from apt.data.files import find_files, fingerprint
 
         if self.data_files is not None and not self._is_remote():
-            return fingerprint(find_files(self.data_files, "*"))
+            return fingerprint(find_files(self.data_files, "*", "data.data_files"))
         commit = self.revision or ""
         return commit if len(commit) == 40 and set(commit) <= set("0123456789abcdef") else None
 
@@ -205,7 +205,7 @@ class Datasets(DataProvider):
             return self.data_files
         from apt.data.files import find_files
 
-        return [str(path) for _, path in find_files(self.data_files, "*")]
+        return [str(path) for _, path in find_files(self.data_files, "*", "data.data_files")]
 
     def _is_remote(self) -> bool:
         files = [self.data_files] if isinstance(self.data_files, str) else self.data_files or []

@@ -27,32 +27,46 @@ Files = list[tuple[str, Path]]
 """Names of documents, and where they lie."""
 
 
-def find_files(asked: str | list[str], pattern: str) -> Files:
+def find_files(asked: str | list[str], pattern: str, option: str = "data.path") -> Files:
     """The files that a file's name, a folder, a glob, or a list of these means, in the order of their names.
 
     A file that was found in a folder or by a glob is named as it is seen from there, so that a corpus has the same names wherever
-    it lies; those of a list are named by their paths as they are spelled. Raises `DataError` where something matches nothing.
+    it lies; those of a list are named by their paths as they are spelled. Raises `DataError`, with the `option` that asks, where
+    something matches nothing or cannot be looked for.
     """
     alone = isinstance(asked, str)
+    wanted = [asked] if isinstance(asked, str) else asked
+    if not wanted or not all(wanted):
+        raise DataError(
+            f"{option}: {asked!r} names no file; give a file, a folder, a glob, or '.' for the working directory"
+        )
     found: dict[str, Path] = {}
-    for each in [asked] if isinstance(asked, str) else asked:
-        root, paths = _find(each, pattern)
+    for each in wanted:
+        root, paths = _find(each, pattern, option)
         if not paths:
             raise DataError(
-                f"data.path: {each!r} matches no file (seen from {Path.cwd()})"
+                f"{option}: {each!r} matches no file (seen from {Path.cwd()})"
                 + (f"; the folder is there, but holds no {pattern}: set data.pattern" if Path(each).is_dir() else "")
             )
         found |= {(path.relative_to(root) if alone else path).as_posix(): path for path in paths}
     return sorted(found.items())
 
 
-def _find(asked: str, pattern: str) -> tuple[Path, list[Path]]:
+def _find(asked: str, pattern: str, option: str) -> tuple[Path, list[Path]]:
     """Where names begin, and the files."""
-    path = Path(asked).expanduser()
+    try:
+        path = Path(asked).expanduser()
+    except RuntimeError as error:
+        home = Path(asked).parts[0]
+        raise DataError(f"{option}: {asked!r}: there is no home folder {home!r}; give the path in full") from error
     if path.is_file():
         return path.parent, [path]
     if path.is_dir():
-        return path, [each for each in path.rglob(pattern) if each.is_file()]
+        try:
+            return path, [each for each in path.rglob(pattern) if each.is_file()]
+        except (NotImplementedError, ValueError) as error:
+            hint = "a pattern is looked for below data.path, such as *.txt"
+            raise DataError(f"data.pattern: {pattern!r} cannot be looked for ({error}); {hint}") from error
     fixed = Path(*(part for part in _until_magic(path.parts)))
     return fixed, [each for each in _matching(Path(), path.parts) if each.is_file()]
 
