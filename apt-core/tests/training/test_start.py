@@ -77,6 +77,32 @@ def test_a_damaged_pointer_is_named(run: Path, profile_file: Path, content: byte
         train(profile_file, run, "training.max_epochs=3")
 
 
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"\xf3tep-000006", "damaged: it names no checkpoint"),
+        (b"", "damaged: it names no checkpoint"),
+        (b"stfp-000006\n", "names 'stfp-000006', which is not there"),
+    ],
+)
+def test_a_damaged_pointer_to_the_best_is_named_and_the_run_goes_on(
+    run: Path, profile_file: Path, content: bytes, fault: str
+) -> None:
+    sets = ("training.max_epochs=3", "training.save_every=2", "training.keep_best=true", "evaluation.eval_every=2")
+    (run / "best").write_bytes(content)
+    output = io.StringIO()
+    console = Console(file=output, width=1000)
+    assert train(profile_file, run, *sets, resume=str(run / "step-000006"), console=console).state.step == 12
+    assert f"warning: {run / 'best'}: {fault}; the best checkpoint is chosen anew" in output.getvalue()
+    assert (run / (run / "best").read_text().strip()).is_dir()
+
+
+def test_a_damaged_pointer_to_the_best_keeps_nothing_from_being_saved(run: Path, profile_file: Path) -> None:
+    (run / "best").write_bytes(b"\xf3tep-000006")
+    assert train(profile_file, run, "training.max_epochs=3").state.step == 12
+    assert (run / "latest").read_text() == "step-000012\n"
+
+
 def test_a_run_that_was_never_pointed_to_goes_on_in_its_own_folder(
     profile_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

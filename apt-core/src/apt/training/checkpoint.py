@@ -104,21 +104,32 @@ def _with_manifest(folder: Path) -> Path:
 
 def _follow(pointer: Path) -> Path:
     """The checkpoint that a pointer of a run names. Raises `CheckpointError` where there is none."""
-    try:
-        name = pointer.read_text(encoding="utf-8").strip()
-    except ValueError:
-        name = ""
-    folder = pointer.parent / name
-    if name and Path(name).name == name and folder.is_dir():
-        return _with_manifest(folder)
+    what = pointer_fault(pointer)
+    if not what:
+        return _with_manifest(pointer.parent / read_pointer(pointer))
     whole = list_checkpoints(pointer.parent)
-    what = f"names {name!r}, which is not there" if name else "damaged: it names no checkpoint"
     hint = (
         f"the newest whole one is {whole[-1]}; give it by its path (--resume {whole[-1]})"
         if whole
         else "nor is another"
     )
     raise CheckpointError(f"{pointer}: {what}; {hint}")
+
+
+def read_pointer(pointer: Path) -> str:
+    """The name that a pointer of a run holds; nothing where it is not text."""
+    try:
+        return pointer.read_text(encoding="utf-8").strip()
+    except ValueError:
+        return ""
+
+
+def pointer_fault(pointer: Path) -> str:
+    """What is wrong with a pointer of a run, in words; nothing where it names a folder that is there."""
+    name = read_pointer(pointer)
+    if name and Path(name).name == name and (pointer.parent / name).is_dir():
+        return ""
+    return f"names {name!r}, which is not there" if name else "damaged: it names no checkpoint"
 
 
 def list_checkpoints(run: Path) -> list[Path]:

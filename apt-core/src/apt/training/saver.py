@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from apt.training.checkpoint import BEST, LATEST, list_checkpoints
+from apt.training.checkpoint import BEST, LATEST, list_checkpoints, read_pointer
 from apt.training.ranks import ALONE, Ranks
 from apt.training.snapshot import WRITTEN, Snapshot, point, remove, write_snapshot
 
@@ -57,7 +57,7 @@ class Saver:
             return
         if is_best:
             point(self.run, BEST, folder)
-        named = {(self.run / name).read_text().strip() for name in (LATEST, BEST) if (self.run / name).is_file()}
+        named = {read_pointer(self.run / name) for name in (LATEST, BEST) if (self.run / name).is_file()}
         ordered = list_checkpoints(self.run)
         done = ordered[: ordered.index(folder) + 1]
         for old in done[: -self.keep_last]:

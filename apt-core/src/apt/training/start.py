@@ -34,6 +34,8 @@ from apt.training.checkpoint import (
     list_checkpoints,
     list_damaged,
     list_wrong,
+    pointer_fault,
+    read_pointer,
     read_saved,
     read_step,
     step_of,
@@ -121,7 +123,7 @@ class Start:
             return True
         run, best = self._own.resolve().parent, None
         if (run / BEST).is_file():
-            best = read_step(run / (run / BEST).read_text().strip())
+            best = read_step(run / read_pointer(run / BEST))
         return best is not None and best <= step_of(self._own)
 
     @property
@@ -168,21 +170,24 @@ class Start:
         point(out, LATEST, folder)
         if self._is_best:
             point(out, BEST, folder)
+        told = []
+        best = out / BEST
+        if best.is_file() and (fault := pointer_fault(best)):
+            told.append(f"{best}: {fault}; the best checkpoint is chosen anew, from the next that is saved")
         step = int(read_saved(folder)["step"])
         later = [each for each in (*list_checkpoints(out), *list_damaged(out)) if step_of(each) > step]
         if not later:
-            return []
+            return told
         aside = next(each for each in map(out.joinpath, _names_aside()) if not each.exists())
         aside.mkdir()
-        best = out / BEST
-        if best.is_file() and best.read_text().strip() in {each.name for each in later}:
+        if best.is_file() and read_pointer(best) in {each.name for each in later}:
             best.rename(aside / BEST)
         if (out / METRICS).is_file():
             shutil.copyfile(out / METRICS, aside / METRICS)
         for each in later:
             each.rename(aside / each.name)
         names = ", ".join(each.name for each in later)
-        return [f"the later checkpoints of this run are set aside, with its metrics, in {aside}: {names}"]
+        return [*told, f"the later checkpoints of this run are set aside, with its metrics, in {aside}: {names}"]
 
 
 def _names_aside() -> Iterator[str]:
