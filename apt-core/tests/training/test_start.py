@@ -103,6 +103,20 @@ def test_a_damaged_pointer_to_the_best_keeps_nothing_from_being_saved(run: Path,
     assert (run / "latest").read_text() == "step-000012\n"
 
 
+def test_a_run_begins_again_from_its_own_copy_of_the_profile(
+    profile_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    words = ["train", "--resume", "auto", "--out", str(out), "-p"]
+    with monkeypatch.context() as patched:
+        die_at(2, patched)
+        with pytest.raises(Killed):
+            main([*words, str(profile_file)])
+    kept = out / "profile" / "small.yaml"
+    assert main([*words, str(kept)]) == 0, capsys.readouterr().err
+    assert kept.read_text() == profile_file.read_text()
+
+
 def test_a_run_that_was_never_pointed_to_goes_on_in_its_own_folder(
     profile_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

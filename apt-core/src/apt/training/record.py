@@ -154,7 +154,9 @@ def write_record(
     for number, path in enumerate(given):
         # The profile itself first, then what it inherits from; two of one name lie in different folders.
         name = path.name if path.name not in {each.name for each in given[:number]} else f"{number}-{path.name}"
-        shutil.copyfile(path, place / name)
+        copy = place / name
+        if not (copy.exists() and copy.samefile(path)):  # a run that begins again from its own copy has it
+            shutil.copyfile(path, copy)
 
 
 def record_resume(folder: Path, resolved: Resolved, step: int) -> None:
