@@ -368,6 +368,38 @@ def test_a_pipe_that_closes_is_no_error(profile_file: Path) -> None:
     assert (done.stdout.split(":")[0], done.stderr) == ("name", "")
 
 
+@pytest.mark.parametrize(("unbuffered", "is_read"), [("", True), ("1", False)], ids=["stdout", "stderr too"])
+def test_a_run_goes_on_quietly_where_nobody_reads_what_it_prints(
+    profile_file: Path, tmp_path: Path, unbuffered: str, is_read: bool
+) -> None:
+    profile_file.write_text(profile_file.read_text().replace("ffn: {provider: default}", "ffn_name: default"))
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "apt", "train", "-p", str(profile_file), "--out", str(tmp_path / "run")],
+        stdout=writing,
+        stderr=subprocess.PIPE if is_read else writing,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        check=False,
+    )
+    os.close(writing)
+    told = b"deprecated: model.ffn_name is now model.ffn.provider\n" if is_read else None
+    assert (done.returncode, done.stderr) == (0, told)
+    assert {"step-000008", "README.md", "sample.txt"} <= {each.name for each in (tmp_path / "run").iterdir()}
+
+
+def test_a_reader_that_goes_is_no_fault_where_rich_prints(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = (
+        "import rich; from apt.cli import enter, profiles; profiles.print = rich.print; "
+        "import sys; sys.argv[1:] = ['schema']; enter()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(("number", "code"), [(errno.EROFS, 2), (errno.ENOSPC, 2), (errno.EIO, 1)])
 def test_what_the_file_system_refuses_is_told_and_whose_fault_it_is(
     capsys: pytest.CaptureFixture[str], profile_file: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int

@@ -116,6 +116,8 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         return int(arguments.run(arguments))
     except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # rich's answer to a reader that has gone
+            raise error.__context__ from None
         # No command of apt-core ends the interpreter, and what a provider wanted must not pass for a success.
         raise RuntimeError(f"the interpreter was told to end: sys.exit({error.code!r})") from error
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from apt.cli.options import add_changes, add_profile_options, print_notes, read_profile
 from apt.cli.show import called_as, print_providers
+from apt.cli.unread import outlive_readers
 from apt.errors import AptError, UserError
 
 if TYPE_CHECKING:
@@ -220,6 +221,7 @@ def _let_one_rank_speak() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
+@outlive_readers()
 def _run(
     profile: Profile,
     out: Path,
