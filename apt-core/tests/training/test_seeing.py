@@ -131,7 +131,7 @@ def test_samples_are_drawn_at_each_evaluation_and_change_nothing(profile_file: P
 
 
 class Draws(Plugin):
-    """Draws from every random state, in training for what is learnt, and in evaluation."""
+    """Draws from every random state, in training for what is learnt, in evaluation and while a checkpoint is saved."""
 
     api_level: ClassVar[int] = 1
 
@@ -146,8 +146,14 @@ class Draws(Plugin):
     def apt_evaluation_end(self) -> None:
         self._draw()
 
+    @hookimpl
+    def apt_checkpoint_save(self) -> dict[str, object]:
+        return {"drawn": self._draw()}
 
-def test_what_evaluation_draws_changes_nothing_however_often_it_is_done(profile_file: Path, tmp_path: Path) -> None:
+
+def test_what_is_drawn_in_evaluating_and_saving_changes_nothing_however_often_it_is_done(
+    profile_file: Path, tmp_path: Path
+) -> None:
     sets = ["plugins=[draws]", "model.dropout=0.1"]
     seldom, _ = train(profile_file, tmp_path / "seldom", *sets, "evaluation.eval_every=4")
     often, _ = train(profile_file, tmp_path / "often", *sets, "evaluation.eval_every=1")

@@ -103,7 +103,8 @@ class Between:
         told = self.journal.save()
         with self.journal.paused():
             randoms = self.ranks.gather(RandomState.now())
-            hooks = self.hooks.save_state(state)
+            with same_randoms():
+                hooks = self.hooks.save_state(state)
             is_best = self._scored_at == state.step and self.saver.is_better(self.scored.loss)
             if is_best:
                 self.saver.best = self.scored.loss
