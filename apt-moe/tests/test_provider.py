@@ -16,6 +16,7 @@ from apt.core.providers import FFNProvider, RouterProvider
 from apt.errors import OptionsError
 from apt_moe.expert_choice import ExpertChoice
 from apt_moe.provider import MoE, TopK
+from apt_moe.router import LinearRouter
 from apt_moe.routers import Switch
 
 
@@ -232,3 +233,28 @@ def test_the_interfaces_are_complete() -> None:
 def test_fine_grained_experts_are_refused_with_a_router_to_one_before_anything_is_built() -> None:
     with pytest.raises(ValidationError, match="switch sends each token to one expert, and granularity: 2"):
         MoE(granularity=2, router=Switch())
+
+
+@pytest.mark.parametrize("router", ["hash", "random", "noisy_topk"])
+def test_slices_of_a_dense_layer_are_refused_with_a_router_that_parts_them(router: str) -> None:
+    with pytest.raises(
+        ValidationError, match=f"{router} sends a token to some slices .* granularity: 1, or upcycle: false"
+    ):
+        MoE.model_validate({"granularity": 2, "router": router})
+    assert MoE.model_validate({"granularity": 2, "router": router, "upcycle": False}).create_layer(8, 16).dense is None
+    assert MoE.model_validate({"router": router}).create_layer(8, 16).dense is not None
+
+
+class Turned(TopK):
+    """Its matrix has a column for each expert."""
+
+    def create_router(self, d_model: int, num_experts: int, top_k: int | None = None) -> LinearRouter:
+        router = super().create_router(d_model, num_experts, top_k)
+        router.weight = nn.Parameter(router.weight.detach().T.contiguous())
+        return router
+
+
+def test_slices_of_a_dense_layer_are_refused_with_a_router_that_has_no_rows_to_share() -> None:
+    with pytest.raises(OptionsError, match="has no parameter with a row for each expert"):
+        MoE(granularity=2, router=Turned()).create_layer(8, 16)
+    assert MoE(granularity=2, router=Turned(), upcycle=False).create_layer(8, 16).dense is None

@@ -35,6 +35,10 @@ class _Fixed(RouterProvider):
 
         return functional.load_balance_loss(router_logits, expert_mask)
 
+    def keeps_groups(self) -> bool:
+        """There are no rows that experts could share."""
+        return False
+
     def get_parameter_count(self, d_model: int, num_experts: int) -> int:
         """None."""
         return 0

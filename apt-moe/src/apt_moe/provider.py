@@ -83,6 +83,12 @@ class MoE(FFNProvider):
         if granularity > 1 and isinstance(router, Switch):
             what = f"switch sends each token to one expert, and granularity: {granularity} to as many times top_k"
             raise ValueError(f"{what}; set granularity: 1, or take topk_default")
+        if granularity > 1 and info.data.get("upcycle") and not router.keeps_groups():
+            what = f"{router.get_name()} sends a token to some slices of the dense layer and not to others"
+            hint = "set granularity: 1, or upcycle: false, or take a router whose scores alone choose, as topk_default"
+            raise ValueError(
+                f"{what}, so granularity: {granularity} with upcycle: true would change the function; {hint}"
+            )
         return router
 
     @field_validator("expert", mode="after")
@@ -117,15 +123,18 @@ class MoE(FFNProvider):
         """A mixture whose experts each have the hidden width `d_ff`, or its part where they are fine-grained."""
         from apt_moe.experts import Experts, make_layer
         from apt_moe.layer import MixtureOfExperts
-        from apt_moe.upcycling import Upcycling, check_slices
+        from apt_moe.upcycling import Upcycling, check_rows, check_slices
 
         sizes = (d_model, d_ff, dropout, activation)
         experts, width = self.experts * self.granularity, self._width(d_ff)
         if self.upcycle and self.granularity > 1:
             check_slices(self.expert, self.granularity, activation)
+        router = self.router.create_router(d_model, experts, self.router.top_k * self.granularity)
+        if self.upcycle and self.granularity > 1:
+            check_rows(router, self.router.get_name(), experts, self.granularity)
         return MixtureOfExperts(
             self.router,
-            self.router.create_router(d_model, experts, self.router.top_k * self.granularity),
+            router,
             Experts(self.expert, experts, d_model, width, dropout, activation),
             make_layer(self.expert, sizes) if self.upcycle else None,
             math.inf if self.capacity is None else self.capacity,

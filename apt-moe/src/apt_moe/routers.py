@@ -141,6 +141,10 @@ class NoisyTopK(TopK):
     Shazeer et al. 2017, arXiv:1701.06538, eq. 4.
     """
 
+    def keeps_groups(self) -> bool:
+        """Each expert draws its own noise."""
+        return False
+
     def create_router(self, d_model: int, num_experts: int, top_k: int | None = None) -> NoisyRouter:
         """A router with a second matrix for the noise."""
         from apt_moe.router import NoisyRouter

@@ -123,6 +123,14 @@ def check_slices(provider: FFNProvider, parts: int, activation: str) -> None:
         raise OptionsError("ffn", "moe", [Fault("ffn.moe.granularity", what, hint)])
 
 
+def check_rows(router: torch.nn.Module, name: str, experts: int, parts: int) -> None:
+    """Raise `OptionsError` unless the router keeps a row for each expert, which the slices of a dense layer can share."""
+    if not _rows(router, experts):
+        what = f"{parts}, but router.{name} has no parameter with a row for each expert, which slices could share"
+        hint = "granularity: 1, upcycle: false, or another router"
+        raise OptionsError("ffn", "moe", [Fault("ffn.moe.granularity", what, hint)])
+
+
 class _Shape:
     """How `experts` stacked layers of hidden width `d_ff` are made of `parts` slices of a dense one."""
 
@@ -194,10 +202,13 @@ def _group(router: torch.nn.Module, experts: int, parts: int) -> None:
     """Let the slices of one dense layer share one row of whatever the router keeps for each expert."""
     if parts == 1:
         return
-    for parameter in router.parameters():
-        rows = whole(parameter)
-        if rows.dim() and rows.shape[0] == experts:
-            fill(parameter, rows[::parts].repeat_interleave(parts, 0))
+    for parameter in _rows(router, experts):
+        fill(parameter, whole(parameter)[::parts].repeat_interleave(parts, 0))
+
+
+def _rows(router: torch.nn.Module, experts: int) -> list[torch.nn.Parameter]:
+    """The parameters that have a row for each expert."""
+    return [each for each in router.parameters() if each.dim() and each.shape[0] == experts]
 
 
 def _carry_to_shared(optimizer: Optimizer, dense: Tensor, shared: Sequence[Tensor], recipe: Upcycling) -> None:

@@ -62,6 +62,13 @@ class RouterProvider(Provider):
         """Whether the weights of a token sum to 1: equal experts, as they are at a switch, then are what each of them is."""
         return True
 
+    def keeps_groups(self) -> bool:
+        """Whether experts whose rows of the router's weights are equal are chosen together in training too, or none of them.
+
+        Fine-grained experts that grow out of a dense layer need it: a token has to get all of that layer's slices.
+        """
+        return True
+
     def supports_dynamic_capacity(self) -> bool:
         """Whether the capacity may change while training."""
         return True
