@@ -137,3 +137,38 @@ def test_dropout_follows_the_mode() -> None:
     assert not experts(*arguments).equal(experts(*arguments))
     experts.eval()
     assert experts(*arguments).equal(experts(*arguments))
+
+
+class Tied(nn.Module):
+    """Its gate is its first matrix."""
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(d_model, d_ff, bias=False), nn.Linear(d_ff, d_model, bias=False)
+        self.gate = nn.Linear(d_model, d_ff, bias=False)
+        self.gate.weight = self.up.weight
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        return self.down(self.up(x).relu() * self.gate(x))
+
+
+class TiedProvider(OddProvider):
+    way: Literal["tied"] = "tied"  # type: ignore[assignment]
+
+    def create_layer(self, d_model: int, d_ff: int, dropout: float = 0.0, activation: str = "gelu") -> Tied:
+        return Tied(d_model, d_ff)
+
+
+def test_matrices_that_are_one_stay_one() -> None:
+    experts = Experts(TiedProvider(), 3, 8, 16, 0.0, "gelu")
+    assert experts.layer.gate.weight is experts.layer.up.weight
+    assert experts.grouped
+    rows, offsets = torch.randn(6, 8), torch.tensor([2, 5, 6], dtype=torch.int32)
+    owners = torch.tensor([0, 0, 1, 1, 1, 2])
+    up, down = experts.layer.up.weight[owners], experts.layer.down.weight[owners]
+    hidden = torch.einsum("rud,rd->ru", up, rows)
+    expected = torch.einsum("rdu,ru->rd", down, hidden.relu() * hidden)
+    torch.testing.assert_close(experts(rows, offsets, owners), expected)
+    torch.testing.assert_close(experts.every(rows, torch.eye(3)[owners]), expected)
+    torch.testing.assert_close(experts.few(rows, owners[:, None], torch.ones(6, 1)).detach(), expected)
+    torch.testing.assert_close(experts._one_by_one(rows, offsets), expected)

@@ -237,7 +237,7 @@ def _stacked(provider: FFNProvider, num_experts: int, sizes: tuple[int, int, flo
     for expert, layer in enumerate(layers, start=1):
         for name, parameter in layer.named_parameters():
             stacks[name][expert] = parameter.detach()
-    _replace(stacked, stacks)
+    replace(stacked, stacks)
     return stacked
 
 
@@ -245,7 +245,7 @@ def _can_group(provider: FFNProvider, sizes: tuple[int, int, float, str]) -> boo
     """Whether the provider's layer touches its parameters through linear maps alone."""
     with torch.device("meta"):
         layer = make_layer(provider, sizes)
-        _replace(layer, {name: torch.empty(2, *p.shape, dtype=p.dtype) for name, p in layer.named_parameters()})
+        replace(layer, {name: torch.empty(2, *p.shape, dtype=p.dtype) for name, p in layer.named_parameters()})
         rows = torch.empty(1, 4, sizes[0])
     try:
         with torch.no_grad(), warnings.catch_warnings(), _Trial(layer.parameters()):
@@ -264,10 +264,19 @@ def make_layer(provider: FFNProvider, sizes: tuple[int, int, float, str]) -> nn.
     return layer
 
 
-def _replace(layer: nn.Module, stacks: Mapping[str, Tensor]) -> None:
-    for name, stack in stacks.items():
-        owner, _, attribute = name.rpartition(".")
-        setattr(layer.get_submodule(owner), attribute, nn.Parameter(stack))
+def replace(layer: nn.Module, tensors: Mapping[str, Tensor]) -> list[nn.Parameter]:
+    """Put a new parameter of these numbers in the place of each; one that has several names keeps them all."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in layer.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    made = []
+    for same in names.values():
+        parameter = nn.Parameter(tensors[same[0]])
+        for name in same:
+            owner, _, attribute = name.rpartition(".")
+            setattr(layer.get_submodule(owner), attribute, parameter)
+        made.append(parameter)
+    return made
 
 
 def _output(result: Tensor | Part) -> Tensor:

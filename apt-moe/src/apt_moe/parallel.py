@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from apt.errors import UserError
+from apt_moe.experts import replace
 
 if TYPE_CHECKING:
     from apt_moe.dispatch import Plan
@@ -37,13 +38,12 @@ def shard_experts(layer: MixtureOfExperts, mesh: DeviceMesh) -> list[nn.Paramete
     if layer.backend == "naive":
         raise UserError("backend: naive runs every expert on every token, and cannot share them out; use auto or loop")
     placements = [Replicate() for _ in range(mesh.ndim - 1)] + [Shard(0)]
-    made = []
-    for name, stack in list(experts.layer.named_parameters()):
-        owner, _, attribute = name.rpartition(".")
-        # Without communication: every rank has all of it.
-        parameter = nn.Parameter(distribute_tensor(stack.detach(), mesh, placements, src_data_rank=None))
-        setattr(experts.layer.get_submodule(owner), attribute, parameter)
-        made.append(parameter)
+    # Without communication: every rank has all of it.
+    shares = {
+        name: distribute_tensor(stack.detach(), mesh, placements, src_data_rank=None)
+        for name, stack in experts.layer.named_parameters()
+    }
+    made = replace(experts.layer, shares)
     if mesh.ndim == 1:
         layer.mesh = mesh
     else:
