@@ -1,3 +1,5 @@
+from typing import Literal
+
 import pytest
 import torch
 from hypothesis import given
@@ -178,6 +180,67 @@ def test_a_layer_that_is_not_the_sum_of_its_slices_is_refused() -> None:
     with pytest.raises(OptionsError, match="is not the sum of slices of its hidden units"):
         MoE(expert=NormedProvider(), granularity=2).create_layer(8, 16)
     assert MoE(expert=NormedProvider(), granularity=2, upcycle=False).create_layer(8, 16).experts.d_ff == 8
+
+
+class Running(nn.Module):
+    """It takes what it has seen so far off its hidden units, or divides them all by it, or takes it off its output."""
+
+    def __init__(self, d_model: int, d_ff: int, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.up, self.down = nn.Linear(d_model, d_ff, bias=False), nn.Linear(d_ff, d_model, bias=False)
+        self.register_buffer("seen", torch.ones({"units": (d_ff,), "scale": (), "output": (d_model,)}[way]))
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        hidden = self.up(x).relu()
+        output = self.down(hidden - self.seen) if self.way == "units" else self.down(hidden)
+        output = output / self.seen if self.way == "scale" else output
+        if self.training:
+            numbers = {"units": hidden, "scale": x.square(), "output": output}[self.way].detach()
+            self.seen.lerp_(numbers.mean() if self.way == "scale" else numbers.mean((0, 1)), 0.1)
+        return output - self.seen if self.way == "output" else output
+
+
+class RunningProvider(NormedProvider):
+    way: Literal["units", "scale", "output"]
+
+    def create_layer(self, d_model: int, d_ff: int, dropout: float = 0.0, activation: str = "gelu") -> Running:
+        return Running(d_model, d_ff, self.way)
+
+
+@pytest.mark.parametrize(("way", "granularity"), [("units", 1), ("scale", 1), ("output", 1), ("scale", 2)])
+def test_experts_get_the_dense_layer_s_buffers(way: Literal["units", "scale", "output"], granularity: int) -> None:
+    torch.manual_seed(0)
+    mixture = MoE(experts=4, expert=RunningProvider(way=way), granularity=granularity, shared=1)
+    layer = mixture.create_layer(8, 16)
+    layer.active = False
+    for _ in range(20):
+        layer(torch.randn(2, 5, 8) + 0.5)
+    x = torch.randn(2, 5, 8)
+    before = layer.eval()(x).output
+    buffers = {name: buffer for name, buffer in layer.named_buffers() if name.endswith("seen")}
+    upcycle(layer)
+    layer.active = True
+    torch.testing.assert_close(layer(x).output, before, rtol=1e-5, atol=1e-6)
+    assert len(buffers) == 3
+    assert all(dict(layer.named_buffers())[name] is buffer for name, buffer in buffers.items())
+    layer.train()(x)
+    assert not buffers["experts.layer.seen"].equal(buffers["dense.seen"])
+
+
+def test_buffers_that_slices_cannot_have_in_common_are_refused() -> None:
+    with pytest.raises(OptionsError, match="keeps seen for its hidden units, and experts have one set of buffers"):
+        MoE(expert=RunningProvider(way="units"), granularity=2).create_layer(8, 16)
+    with pytest.raises(OptionsError, match="is not the sum of slices of its hidden units"):
+        MoE(expert=RunningProvider(way="output"), granularity=2).create_layer(8, 16)
+
+
+def test_buffers_that_are_made_in_use_are_carried_too() -> None:
+    layer = MoE(experts=4).create_layer(8, 16)
+    layer.dense.register_buffer("table", torch.arange(3.0))
+    upcycle(layer)
+    assert layer.experts.layer.table.equal(layer.dense.table)
+    assert layer.experts.layer.table is not layer.dense.table
 
 
 def test_a_width_that_cannot_be_split_is_refused() -> None:

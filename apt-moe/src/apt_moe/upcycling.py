@@ -56,7 +56,7 @@ class Upcycling:
 
 @torch.no_grad()
 def upcycle(layer: MixtureOfExperts, optimizer: Optimizer | None = None, number: int = 0) -> None:
-    """Fill the experts of `layer` from its dense layer, and their optimizer state from that layer's state.
+    """Fill the experts of `layer` from its dense layer, its buffers too, and their optimizer state from that layer's state.
 
     `number` is the layer's place among the mixtures of its model; what is redrawn depends on it. The dense layer's
     gradients are let go: it is idle from here on, and an optimizer leaves alone what has none.
@@ -72,6 +72,8 @@ def upcycle(layer: MixtureOfExperts, optimizer: Optimizer | None = None, number:
             _carry(optimizer, dense, own[STACKS + name], layer.experts.axes.get(name), shape, layer.upcycling)
             _carry_to_shared(optimizer, dense, [own[each + name] for each in _shared(layer)], layer.upcycling)
         dense.grad = None
+    for heir in (layer.experts.layer, *(layer.shared or ())):
+        _copy_buffers(layer.dense, heir)
     _group(layer.router, layer.experts.num_experts, layer.granularity)
 
 
@@ -104,9 +106,18 @@ def check_slices(provider: FFNProvider, parts: int, activation: str) -> None:
     dense, narrow = (provider.create_layer(d_model, size, 0.0, activation) for size in (width * parts, width))
     assert isinstance(dense, torch.nn.Module)
     assert isinstance(narrow, torch.nn.Module)
+    wide = {name: each.shape for name, each in dense.named_buffers()}
+    split = [name for name, each in narrow.named_buffers() if each.shape != wide.get(name)]
+    if split:
+        kept = f"ffn.{provider.get_name()} keeps {', '.join(split)} for its hidden units"
+        what = f"{parts}, but {kept}, and experts have one set of buffers"
+        hint = "granularity: 1, upcycle: false, or another expert"
+        raise OptionsError("ffn", "moe", [Fault("ffn.moe.granularity", what, hint)])
     with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         state = {name: torch.randn(parameter.shape) for name, parameter in dense.named_parameters()}
+        # Whatever they will be at the switch, the same for every slice.
+        buffers = {name: torch.rand(each.shape) for name, each in dense.named_buffers() if each.is_floating_point()}
         x = torch.randn(1, 3, d_model)
         axes = hidden_axes(provider, d_model, width, activation)
         shape = _Shape(parts, parts, width)
@@ -114,13 +125,18 @@ def check_slices(provider: FFNProvider, parts: int, activation: str) -> None:
         total = torch.zeros_like(x)
         for part in range(parts):
             own = {name: each[part] if name in axes else each[part] / parts for name, each in spread.items()}
-            total += as_part(torch.func.functional_call(narrow, own, (x,))).output
-        expected = as_part(torch.func.functional_call(dense, state, (x,))).output
+            total += as_part(torch.func.functional_call(narrow, (own, _copies(buffers)), (x,))).output
+        expected = as_part(torch.func.functional_call(dense, (state, _copies(buffers)), (x,))).output
     if not torch.allclose(total, expected, rtol=1e-3, atol=1e-3):
         name = provider.get_name()
         what = f"{parts}, but a layer of ffn.{name} is not the sum of slices of its hidden units, so it cannot be split"
         hint = "granularity: 1, upcycle: false, or another expert"
         raise OptionsError("ffn", "moe", [Fault("ffn.moe.granularity", what, hint)])
+
+
+def _copies(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A layer may change its buffers in place."""
+    return {name: each.clone() for name, each in buffers.items()}
 
 
 def check_rows(router: torch.nn.Module, name: str, experts: int, parts: int) -> None:
@@ -209,6 +225,18 @@ def _group(router: torch.nn.Module, experts: int, parts: int) -> None:
 def _rows(router: torch.nn.Module, experts: int) -> list[torch.nn.Parameter]:
     """The parameters that have a row for each expert."""
     return [each for each in router.parameters() if each.dim() and each.shape[0] == experts]
+
+
+def _copy_buffers(dense: torch.nn.Module, heir: torch.nn.Module) -> None:
+    """Experts hold one set of buffers for all of them."""
+    own = dict(heir.named_buffers())
+    for name, buffer in dense.named_buffers():
+        if name in own and own[name].shape == buffer.shape:
+            own[name].copy_(buffer)
+        else:
+            # Made or grown in use.
+            owner, _, attribute = name.rpartition(".")
+            setattr(heir.get_submodule(owner), attribute, buffer.clone())
 
 
 def _carry_to_shared(optimizer: Optimizer, dense: Tensor, shared: Sequence[Tensor], recipe: Upcycling) -> None:
