@@ -35,6 +35,17 @@ def test_each_expert_takes_the_tokens_that_score_highest_with_it() -> None:
     assert set(losses) == {"z_loss"}
 
 
+def test_one_token_for_an_expert_on_average_may_be_renormalised() -> None:
+    provider = ExpertChoice(allow_noncausal=True, top_k=1, renormalise=True, init_std=1.0)
+    layer = MoE(experts=4, router=provider).create_layer(8, 16)
+    layer(torch.randn(2, 12, 8)).output.square().sum().backward()
+    assert layer.router.weight.grad.abs().sum() > 0
+    _, weights, _ = provider.route(layer.router, torch.randn(2, 12, 8))
+    total = weights.sum(-1)
+    assert ((total - 1).abs().minimum(total) < 1e-6).all()
+    assert (weights > 0).sum() == 2 * 4 * 3
+
+
 def test_padding_is_chosen_by_no_expert() -> None:
     provider = ExpertChoice(allow_noncausal=True)
     router = provider.create_router(8, 4, 2)

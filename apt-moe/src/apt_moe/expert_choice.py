@@ -39,9 +39,8 @@ class ExpertChoice(TopK):
             )
         return self
 
-    @model_validator(mode="after")
-    def _router_learns(self) -> ExpertChoice:
-        return self  # one expert a token on average is no renormalised top-1
+    def _weighs_1(self, top_k: int) -> bool:
+        return False  # one expert a token on average is no renormalised top-1
 
     def route(
         self, router: nn.Module, inputs: Tensor, train: bool = True, mask: Tensor | None = None

@@ -37,9 +37,13 @@ class TopK(RouterProvider):
 
     @model_validator(mode="after")
     def _router_learns(self) -> TopK:
-        if self.top_k == 1 and self.renormalise:
+        if self._weighs_1(self.top_k):
             raise ValueError(_TOP_1)
         return self
+
+    def _weighs_1(self, top_k: int) -> bool:
+        """Whether a token's only expert weighs 1 whatever the router says, which so has nothing to learn from."""
+        return top_k == 1 and self.renormalise
 
     def keeps_scale(self) -> bool:
         """Where they are renormalised."""
@@ -50,7 +54,7 @@ class TopK(RouterProvider):
         from apt_moe.router import LinearRouter
 
         top_k = self.top_k if top_k is None else top_k
-        if top_k == 1 and self.renormalise:
+        if self._weighs_1(top_k):
             raise OptionsError("router", self.get_name(), [Fault("router.top_k", _TOP_1)])
         _check_top_k(self, top_k, num_experts)
         return LinearRouter(
