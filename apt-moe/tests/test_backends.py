@@ -1,5 +1,7 @@
 """Every way to run experts gives what the reference gives, in value and in every gradient."""
 
+import threading
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -124,6 +126,21 @@ def test_memory_that_is_given_back_is_used_again_and_never_more_is_kept_than_was
     del big, two
     assert recycler.leased == 0
     assert recycler.idle <= recycler.most
+
+
+def test_memory_that_a_garbage_collection_gives_back_in_the_midst_of_it_is_not_waited_for() -> None:
+    recycler = Recycler()
+    held = [recycler.empty((SMALLEST,), torch.uint8)]
+
+    def collect() -> None:
+        with recycler._lock:
+            held.clear()
+
+    thread = threading.Thread(target=collect, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert (recycler.leased, recycler.idle) == (0, SMALLEST)
 
 
 def test_small_memory_is_left_to_the_allocator() -> None:

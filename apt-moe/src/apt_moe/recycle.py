@@ -23,7 +23,8 @@ class Recycler:
     """Blocks that were in use, by size in bytes."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # A garbage collection while it is held may give back other blocks in the same thread.
+        self._lock = threading.RLock()
         self._free: dict[int, list[np.ndarray[tuple[int], np.dtype[np.uint8]]]] = {}
         self.leased = 0
         """Bytes in use."""
@@ -54,8 +55,8 @@ class Recycler:
         with self._lock:
             self.leased -= block.nbytes
             if self.leased + self.idle + block.nbytes <= self.most:
+                self.idle += block.nbytes  # first: what is given back meanwhile must find it counted
                 self._free.setdefault(block.nbytes, []).append(block)
-                self.idle += block.nbytes
 
 
 recycler = Recycler()
