@@ -31,16 +31,26 @@ def mask(seq: int) -> Tensor:
 def same(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
     """Both layers agree on whole texts, with padding, across, and while decoding."""
     theirs.load_state_dict(ours.state_dict(), strict=True)
-    x, seen, memory = torch.randn(2, 11, 32), mask(11), torch.randn(2, 7, 32)
+    x, seen = torch.randn(2, 11, 32), mask(11)
     at = (seen.cumsum(-1) - 1).clamp(min=0)
     torch.testing.assert_close(theirs(x), ours(x))
     torch.testing.assert_close(theirs(x, mask=seen, positions=at)[seen], ours(x, mask=seen, positions=at)[seen])
-    across = {"causal": False, "memory": memory, "mask": mask(7)}
-    torch.testing.assert_close(theirs(x, **across), ours(x, **across))
+    for length in (7, 11):
+        for source in (mask(length), mask(length).flip(1), mask(length) & torch.tensor([[True], [False]])):
+            across = {"causal": False, "memory": torch.randn(2, length, 32), "mask": source}
+            torch.testing.assert_close(theirs(x, **across), ours(x, **across))
     torch.testing.assert_close(theirs(x, causal=False), ours(x, causal=False))
-    caches = [layer.create_cache(2, 11, torch.float32, torch.device("cpu")) for layer in (theirs, ours)]
-    for part in x.split([4, 1, 1, 3, 1, 1], 1):
-        torch.testing.assert_close(theirs(part, cache=caches[0]), ours(part, cache=caches[1]))
+    both = {"causal": False, "mask": seen, "positions": at}
+    torch.testing.assert_close(theirs(x, **both)[seen], ours(x, **both)[seen])
+    for padding in (None, seen, mask(11) & (torch.arange(11) > 7)):
+        caches = [layer.create_cache(2, 11, torch.float32, torch.device("cpu")) for layer in (theirs, ours)]
+        end = 0
+        for part in x.split([4, 1, 1, 3, 1, 1], 1):
+            new = slice(end, end := end + part.shape[1])
+            until = {} if padding is None else {"mask": padding[:, :end], "positions": at[:, new]}
+            kept = seen[:, new] if padding is None else padding[:, new]
+            theirs_, ours_ = theirs(part, cache=caches[0], **until), ours(part, cache=caches[1], **until)
+            torch.testing.assert_close(theirs_[kept], ours_[kept])
 
 
 @pytest.mark.parametrize("options", OPTIONS)

@@ -56,16 +56,16 @@ class FlashAttention(SDPAttention):
     def _without_padding(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor, reach: tuple[int, int], dropout: float
     ) -> Tensor:
-        """The samples' real tokens behind one another; queries that are padding give 0."""
+        """The samples' real tokens behind one another.
+
+        Queries are left out with their keys where the kernels count both from the end; those give 0.
+        """
         from flash_attn import flash_attn_varlen_func
 
         batch, queries = q.shape[:2]
-        # Across, every query counts; else the queries are the last of the keys.
-        asking = (
-            mask[:, -queries:]
-            if causal or queries == mask.shape[1]
-            else torch.ones_like(q[..., 0, 0], dtype=torch.bool)
-        )
+        # A full ring's keys are in the order of its slots: its mask ends with another token than the one query.
+        counted = queries > 1 and (causal or reach != (-1, -1))
+        asking = mask[:, -queries:] if counted else mask.new_ones(batch, queries)
         starts = [torch.nn.functional.pad(each.sum(1).cumsum(0), (1, 0)).int() for each in (asking, mask)]
         longest = [int(each.sum(1).max()) for each in (asking, mask)]
         mixed = flash_attn_varlen_func(
