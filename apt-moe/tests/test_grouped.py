@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from apt.layers.units import has_units
 from apt_moe.grouped import grouped_linear
 
 
@@ -80,3 +81,21 @@ def test_flops_are_counted() -> None:
     with FlopCounterMode(display=False) as counter:
         grouped_linear(rows, weight, None, offsets, experts).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 8 * 8 * 4
+
+
+def test_bf16_is_multiplied_in_float32_where_a_processor_with_avx_512_has_no_units_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows, weight, _, offsets, experts = operands([3, 0, 5], 8, 4, dtype=torch.bfloat16)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    has_units.cache_clear()
+    multiplied = set()
+    multiply = Tensor.__matmul__
+    monkeypatch.setattr(Tensor, "__matmul__", lambda a, b: multiplied.add(a.dtype) or multiply(a, b))
+    try:
+        grouped_linear(rows, weight, None, offsets, experts)
+    finally:
+        has_units.cache_clear()
+    assert multiplied == {torch.float32}

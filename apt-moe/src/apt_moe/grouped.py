@@ -12,7 +12,6 @@ none of them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from typing import Literal
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
+from apt.layers.units import has_units
 from apt_moe.recycle import recycler
 
 Kernel = Literal["loop", "grouped_mm"]
@@ -269,14 +269,9 @@ def _(grad: tuple[int, int], rows: tuple[int, int], *args: object, **kwargs: obj
     return 2 * grad[0] * grad[1] * rows[1]
 
 
-@cache
-def _has_bf16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 def _is_slow(rows: Tensor) -> bool:
     """Whether a product in this dtype is slower by tens than one in float32: bfloat16 on CPUs without its instructions."""
-    return rows.device.type == "cpu" and rows.dtype == torch.bfloat16 and not _has_bf16()
+    return rows.device.type == "cpu" and rows.dtype == torch.bfloat16 and not has_units()
 
 
 def _aligned(*operands: Tensor) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from apt.inference.packed import PackedLinear, get_packed
+from apt.layers.units import has_units
 
 LARGEST, SMALLEST = torch.finfo(torch.float16).max, 2**-16
 
@@ -49,11 +50,6 @@ def _unpack(number: Tensor, out_features: int, in_features: int) -> Tensor:
 @torch.library.impl("apt::unpack_half", "Meta")
 def _shape_of_weight(number: Tensor, out_features: int, in_features: int) -> Tensor:
     return number.new_empty((out_features, in_features), dtype=torch.bfloat16)
-
-
-def has_units() -> bool:
-    """Whether the processor has units for products of bfloat16."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class RowLinear(nn.Module):

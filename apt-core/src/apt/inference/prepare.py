@@ -15,9 +15,10 @@ from torch import nn
 
 from apt.errors import UserError
 from apt.inference.ahead import AheadStep
-from apt.inference.half import HalfLinear, RowLinear, has_units
+from apt.inference.half import HalfLinear, RowLinear
 from apt.inference.int8 import Int8Linear
 from apt.layers.cache import KVCache
+from apt.layers.units import has_units
 from apt.modeling.compiler import check_compiler
 from apt.modeling.encoder_decoder import EncoderDecoder
 from apt.modeling.model import Decoder
