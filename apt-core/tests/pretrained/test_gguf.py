@@ -184,6 +184,16 @@ def test_another_file_is_refused(trained: Path, tmp_path: Path) -> None:
         import_model("gguf", tmp_path / "x.gguf", tmp_path / "run")
 
 
+def test_a_file_that_was_cut_short_is_refused_wherever_it_ends(trained: Path, tmp_path: Path) -> None:
+    whole = write_gguf(loaded(trained), tmp_path / "tiny.gguf").read_bytes()
+    cut = tmp_path / "cut.gguf"
+    for end in (0, 2, 4, 6, 12, 20, 30, 40, 100, 1000, len(whole) // 4, len(whole) // 2, len(whole) - 100):
+        cut.write_bytes(whole[:end])
+        with pytest.raises(UserError, match=r"cut\.gguf: is not a GGUF file, or not a whole one"):
+            import_model("gguf", cut, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_pieces_with_scores_are_joined_best_first() -> None:
     pieces = [
         "<unk>",

@@ -58,10 +58,12 @@ def open_gguf(path: Path) -> Source:
 
     try:
         reader = GGUFReader(path)
-    except ValueError as error:
-        raise UserError(f"{path}: is not a GGUF file: {error}") from error
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    tensors = {_rename(tensor.name): tensor for tensor in reader.tensors}
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        tensors = {_rename(tensor.name): tensor for tensor in reader.tensors}
+    except OSError:
+        raise
+    except Exception as error:  # the reader indexes what it mapped: a file that was cut short may end in any error
+        raise UserError(f"{path}: is not a GGUF file, or not a whole one: {error}") from error
     shape = _shape(fields, str(path), tensors)
     if "rope_freqs.weight" in tensors:
         raise FaultsError([Fault(f"{path}: rope_freqs.weight", "scaled positions are not supported")])
