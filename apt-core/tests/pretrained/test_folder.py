@@ -153,6 +153,8 @@ def test_the_ids_that_end_a_text_are_those_of_the_generation_config_too(exported
     assert run.special.stop == frozenset((1, 2, 9))
     every = generate(run.model, run.tokenizer, "The", special=run.special, max_new_tokens=300, temperature=5.0)
     assert 9 not in every.tokens
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 9}))
+    assert loaded(import_model("hf", folder, tmp_path / "one")).special.stop == frozenset((1, 2, 9))
 
 
 @pytest.mark.parametrize(

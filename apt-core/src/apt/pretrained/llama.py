@@ -116,7 +116,7 @@ class LlamaShape:
             scaling = None if given is None else _scaling(given, sizes["max_seq_len"])
         except ValueError as error:
             faults.append(Fault(f"{where}: rope_scaling", str(error)))
-        eos = _ids(config.get("eos_token_id"))
+        eos = read_ids(config.get("eos_token_id"))
         if not eos:
             refuse("eos_token_id", "the id that ends a text")
         if faults:
@@ -353,12 +353,13 @@ def _to_hf(scaling: Mapping[str, object]) -> dict[str, object]:
     return {"rope_type": kind, **words}
 
 
-def _ids(value: object) -> tuple[int, ...]:
+def read_ids(value: object) -> tuple[int, ...]:
+    """What a configuration gives as one id, as a list of them, or not at all."""
     if isinstance(value, int):
         return (value,)
     return tuple(int(each) for each in value) if isinstance(value, list) else ()
 
 
 def _first(value: object) -> int | None:
-    ids = _ids(value)
+    ids = read_ids(value)
     return ids[0] if ids and ids[0] >= 0 else None

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from apt.builtin.pretrained import FILE, PretrainedTokenizer, read_settings
 from apt.errors import UserError
-from apt.pretrained.llama import LlamaShape
+from apt.pretrained.llama import LlamaShape, read_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,8 +47,8 @@ def open_folder(path: Path, stack: ExitStack) -> Source:
         )
     shape = LlamaShape.from_hf(_read(path / "config.json"), str(path / "config.json"))
     if (path / "generation_config.json").is_file():
-        more = _read(path / "generation_config.json").get("eos_token_id")
-        shape = replace(shape, eos=tuple(dict.fromkeys((*shape.eos, *(more if isinstance(more, list) else ())))))
+        more = read_ids(_read(path / "generation_config.json").get("eos_token_id"))
+        shape = replace(shape, eos=tuple(dict.fromkeys((*shape.eos, *more))))
     where = _shards(path)
     files: dict[str, Any] = {}
 
