@@ -28,6 +28,13 @@ pytest.importorskip("jinja2")
 TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
 )
+PAIRS = """\
+model:
+  {architecture: encoder_decoder, num_encoder_layers: 1, num_decoder_layers: 1, d_model: 16, num_heads: 2, d_ff: 16,
+   max_seq_len: 16, attention: sdpa}
+training: {max_steps: 1, warmup_steps: 0}
+data: {source: pairs, path: pairs.jsonl}
+"""
 GREEDY = Sampling(temperature=0)
 
 
@@ -196,6 +203,20 @@ def test_piped_lines_are_turns_and_the_template_may_be_a_file(
     captured = capsys.readouterr()
     assert "/huh: no such command" in captured.err
     assert not re.search("^> ", captured.out, flags=re.MULTILINE)
+
+
+def test_an_encoder_decoder_is_refused_before_the_first_turn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    profile, run, template = tmp_path / "pairs.yaml", tmp_path / "run", tmp_path / "template.jinja"
+    (tmp_path / "pairs.jsonl").write_text('{"source": "abc", "target": "d"}\n' * 40)
+    profile.write_text(PAIRS)
+    template.write_text(TEMPLATE)
+    assert main(["train", "-p", str(profile), "--out", str(run)]) == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    assert main(["chat", str(run), "--template", str(template)]) == 2
+    assert "chat is for decoders" in capsys.readouterr().err
 
 
 class Insistent(Plugin):

@@ -21,6 +21,7 @@ from apt.inference.context import Context
 from apt.inference.generate import NOWHERE, USUAL, Row, check_text, draw, inference
 from apt.inference.sampling import Sampling
 from apt.inference.stream import TextStream
+from apt.modeling.encoder_decoder import EncoderDecoder
 from apt.modeling.model import Decoder
 
 
@@ -100,6 +101,8 @@ class Chat:
 
     `say` yields the reply in pieces, as they come; the turn is part of the conversation even where the reader stops early. Turns
     that the context has no room for are left out from the start, the system's excepted; `left_out` counts them.
+
+    Raises `UserError` for an encoder-decoder, and for a template that is missing or fails.
     """
 
     def __init__(
@@ -116,6 +119,11 @@ class Chat:
         hooks: HookRunner | None = None,
         state: RunState = NOWHERE,
     ) -> None:
+        if isinstance(model, EncoderDecoder):
+            raise UserError(
+                "chat is for decoders, and this model is an encoder-decoder, which writes one target for a source; "
+                "use apt-core generate"
+            )
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self.max_new_tokens, self.sampling, self.special, self.state = max_new_tokens, sampling, special, state
