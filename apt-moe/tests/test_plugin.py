@@ -143,6 +143,10 @@ def test_a_late_switch_without_a_dense_layer_is_refused() -> None:
             {"router": {"provider": "topk_default", "renormalise": False}},
             "model.ffn.router: topk_default weighs a token's experts by numbers",
         ),
+        (
+            {"router": {"provider": "expert_choice", "renormalise": True, "allow_noncausal": True}},
+            "model.ffn.router: expert_choice weighs a token's experts by numbers",
+        ),
     ],
 )
 def test_what_changes_the_function_at_a_late_switch_is_refused_unless_the_profile_says_that_it_may(

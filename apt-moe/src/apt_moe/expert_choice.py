@@ -42,6 +42,10 @@ class ExpertChoice(TopK):
     def _weighs_1(self, top_k: int) -> bool:
         return False  # one expert a token on average is no renormalised top-1
 
+    def keeps_scale(self) -> bool:
+        """A token that no expert chose gets nothing."""
+        return False
+
     def route(
         self, router: nn.Module, inputs: Tensor, train: bool = True, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
