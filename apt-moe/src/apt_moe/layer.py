@@ -34,7 +34,7 @@ class MixtureOfExperts(nn.Module):
 
     While `active` is False the layer is its dense layer and nothing else runs. Once active, the dense layer is idle.
     In training an expert takes at most ``max(k, floor(N k / E * capacity_factor))`` tokens, the others pass by the
-    residual; in evaluation every token is served.
+    residual; in evaluation every token is served, where experts choose too but for those that none chose.
 
     Shazeer et al. 2017, arXiv:1701.06538; Fedus et al. 2021, arXiv:2101.03961; shared and fine-grained experts: Dai et al.
     2024 (DeepSeekMoE), arXiv:2401.06066, eq. 3-11.
