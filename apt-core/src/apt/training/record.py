@@ -124,6 +124,7 @@ def write_record(
 
     `corpus` is None where the model was trained elsewhere.
     """
+    versions = _versions()
     record = {
         "name": config.name,
         "started": _now(),
@@ -140,13 +141,12 @@ def write_record(
             "tokens": {name: len(split.tokens) for name, split in corpus.splits.items()},
             "cache": str(corpus.folder),
         },
-        **_surroundings(resolved),
+        **_surroundings(resolved, versions),
         "resumed": [],
     }
     # First and at once, since it alone names the parent: without it a run that was killed here would begin anew.
     _write(folder / RECORD, record)
     (folder / LOCK).write_text(json.dumps(make_lock(resolved).to_dict(), indent=1) + "\n")
-    versions = {each.metadata["Name"]: each.version for each in distributions()}
     pinned = sorted((f"{name}=={version}" for name, version in versions.items()), key=str.lower)
     (folder / ENVIRONMENT).write_text("\n".join(pinned) + "\n")
     place = folder / GIVEN
@@ -165,16 +165,20 @@ def record_resume(folder: Path, resolved: Resolved, step: int) -> None:
         record = json.loads((folder / RECORD).read_text())
     except ValueError:
         return  # of no use before either, and no reason not to go on
-    again = {"step": step, "started": _now(), "command": sys.argv, **_surroundings(resolved)}
+    again = {"step": step, "started": _now(), "command": sys.argv, **_surroundings(resolved, _versions())}
     _write(folder / RECORD, {**record, "resumed": [*record.get("resumed", ()), again]})
 
 
-def _surroundings(resolved: Resolved) -> dict[str, object]:
+def _versions() -> dict[str, str]:
+    """Of every distribution that is installed; their metadata take a while to read."""
+    return {each.metadata["Name"]: each.version for each in distributions()}
+
+
+def _surroundings(resolved: Resolved, versions: Mapping[str, str]) -> dict[str, object]:
     """The code that runs, and where."""
     wanted = {"apt-core", "torch", "numpy", "pydantic", "safetensors"} | {
         each.distribution for each in resolved.resolutions
     }
-    versions = {each.metadata["Name"]: each.version for each in distributions()}
     return {
         "providers": [resolution.to_dict() for resolution in resolved.resolutions],
         "python": sys.version.split()[0],
