@@ -127,10 +127,9 @@ class MoE(FFNProvider):
 
         sizes = (d_model, d_ff, dropout, activation)
         experts, width = self.experts * self.granularity, self._width(d_ff)
-        if self.upcycle and self.granularity > 1:
-            check_slices(self.expert, self.granularity, activation)
         router = self.router.create_router(d_model, experts, self.router.top_k * self.granularity)
         if self.upcycle and self.granularity > 1:
+            check_slices(self.expert, self.granularity, activation)
             check_rows(router, self.router.get_name(), experts, self.granularity)
         return MixtureOfExperts(
             self.router,
