@@ -230,7 +230,7 @@ def kernels() -> None:
 
     torch.set_num_threads(1)
     weight = torch.randn(64, 1024, 256)
-    print("rows an expert | x W^T | W x^T | grouped_mm | gradient to W, recycled | grouped_mm's")
+    print("rows an expert | x W^T | W x^T | gradient to W, recycled | grouped_mm's")
     for rows in (1, 4, 8, 16, 32, 64):
         x, grad = torch.randn(64 * rows, 256), torch.randn(64 * rows, 1024)
         offsets = (torch.arange(1, 65) * rows).to(torch.int32)
@@ -242,7 +242,6 @@ def kernels() -> None:
         columns = (
             timed(0),
             timed(1 << 30),
-            _median(lambda x=x, o=offsets: grouped._multiply(x, weight, o, "grouped_mm", True, False)),
             _median(lambda x=x, g=grad, o=offsets: grouped._outer(g, x, o, "loop")),
             _median(lambda x=x, g=grad, o=offsets: grouped._outer(g, x, o, "grouped_mm")),
         )

@@ -8,7 +8,7 @@ first, a later token could push out an earlier one: the future would change the 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -140,18 +140,15 @@ def _sum_of_rows(rows: Tensor, index: Tensor, weights: Tensor | None = None) -> 
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(tokens: Tensor, rows: Tensor, inverse: Tensor, top_k: int) -> Tensor:
+    def forward(ctx: Any, tokens: Tensor, rows: Tensor, inverse: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.top_k = top_k
         return tokens.index_select(0, rows)
 
     @staticmethod
-    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        _, _, inverse, ctx.top_k = inputs  # type: ignore[attr-defined]
-        ctx.save_for_backward(inverse)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (inverse,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return _sum_of_rows(grad, inverse.view(-1, ctx.top_k)), None, None, None  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return _sum_of_rows(grad, inverse.view(-1, ctx.top_k)), None, None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -159,21 +156,22 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        rows: Tensor, weights: Tensor, order: Tensor, tokens: Tensor, inverse: Tensor, dtype: torch.dtype | None
+        ctx: Any,
+        rows: Tensor,
+        weights: Tensor,
+        order: Tensor,
+        tokens: Tensor,
+        inverse: Tensor,
+        dtype: torch.dtype | None,
     ) -> Tensor:
+        ctx.save_for_backward(rows, weights, order, tokens, inverse)
         summed = _sum_of_rows(rows, inverse.view_as(weights), weights)
         # A conversion that does nothing would lose the gradient, in silence, where PyTorch 2.11 compiles this.
         return summed if dtype in (None, summed.dtype) else summed.to(dtype)
 
     @staticmethod
-    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:5])
-
-    @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
-    ) -> tuple[Tensor, Tensor, None, None, None, None]:
-        rows, weights, order, tokens, inverse = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+        rows, weights, order, tokens, inverse = ctx.saved_tensors
         if grad.is_cuda:
             grad = grad.to(rows.dtype)  # as under autocast a dense layer's is, and before each is copied k times
         grad = grad.index_select(0, tokens)

@@ -67,11 +67,10 @@ def z_loss(logits: Tensor, counted: Tensor | None = None) -> Tensor:
 def balance_and_z_loss(logits: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """`load_balance_loss` and `z_loss` of `logits` [tokens, experts] where every token counts and goes to `indices` [tokens, k].
 
-    They are a matter of few numbers and many steps, each of which takes an accelerator's host longer than the device: so both
-    are one function with its gradient, of a third of the steps. On the CPU, compiled, transformed, and over ranks they are made
-    by themselves.
+    They are a matter of few numbers and many steps, each of which takes longer to ask for than to do: so both are one function
+    with its gradient, of a third of the steps. Compiled, transformed, and over ranks they are made by themselves.
     """
-    by_themselves = logits.device.type == "cpu" or torch.compiler.is_compiling() or is_transformed()
+    by_themselves = torch.compiler.is_compiling() or is_transformed()
     if by_themselves or _num_ranks() > 1 or not logits.numel():
         return load_balance_loss(logits, expert_mask(indices, logits.shape[-1])), z_loss(logits)
     balance, squares = _Losses.apply(logits.float(), indices)  # type: ignore[no-untyped-call]

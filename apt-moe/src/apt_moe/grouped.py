@@ -1,23 +1,23 @@
 """A linear layer of many experts in one product: row n is multiplied by the matrix of the expert that owns it.
 
-There are two kernels. ``loop`` is a matrix product for each expert that owns rows; on the CPU nothing was measured to be
-faster, since `torch.nn.functional.grouped_mm` is the same loop there, its gradient's memory is fresh at every step, and a
-product with few rows is twice as fast with the operands exchanged. ``grouped_mm`` is one kernel on GPUs of compute
-capability 9 and newer, in bfloat16; in other dtypes it reads the offsets back and loops. It has traps: no float32 under
-compile or on the meta device, an error on expanded gradients and on sizes that are no multiple of 16 bytes, rows behind
-the last offset left uninitialised, autocast ignored, and 0 counted FLOPs. The operators here wrap both kernels and have
-none of them.
+There are two kernels. ``loop`` is a matrix product for each expert that owns rows. ``grouped_mm``,
+`torch.nn.functional.grouped_mm`, is one kernel on GPUs of compute capability 9 and newer, in bfloat16; in other dtypes it
+reads the offsets back and loops, and on the CPU it is a loop too, of which ``loop`` makes use there. What that leaves out: the
+gradient of the weights, for which it takes fresh memory at every step, and products with few rows, which without AVX-512 are
+twice as fast with the operands exchanged. It has traps: no float32 under compile or on the meta device, an error on expanded
+gradients and on sizes that are no multiple of 16 bytes, rows behind the last offset left uninitialised, autocast ignored, and
+0 counted FLOPs. The operators here wrap both kernels and have none of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from apt.layers.units import has_units
 from apt_moe.recycle import recycler
@@ -25,8 +25,9 @@ from apt_moe.recycle import recycler
 Kernel = Literal["loop", "grouped_mm"]
 _grouped_mm = functional.grouped_mm if hasattr(functional, "grouped_mm") else torch._grouped_mm  # until PyTorch 2.10
 
-FEW = 16
-"""Rows up to which W x^T is faster than x W^T on the CPU (measured, `benchmarks/moe.py kernels`)."""
+FEW = 0 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 16
+"""Rows up to which W x^T is faster than x W^T on the CPU (measured, `benchmarks/moe.py kernels`): with AVX-512 it takes 1.1 to
+4 times as long, without half."""
 
 MOST = 1024
 """Experts from which on `torch.nn.functional.grouped_mm` refuses them on GPUs."""
@@ -74,25 +75,28 @@ def _multiply(rows: Tensor, weight: Tensor, offsets: Tensor, kernel: str, transp
 
     Without `tail` there are no such rows.
     """
-    if kernel == "grouped_mm" and offsets.shape[0] < MOST and _aligned(rows, weight):
+    upcast = _is_slow(rows)
+    few = FEW if transpose and rows.device.type == "cpu" else 0
+    at_once = rows.device.type == "cpu" and not upcast and rows.shape[0] > few * offsets.shape[0]
+    if (kernel == "grouped_mm" or at_once) and offsets.shape[0] < MOST and _aligned(rows, weight):
         if not rows.shape[0]:
             return rows.new_zeros(0, weight.shape[1 if transpose else 2])
         product = _grouped_mm(rows.contiguous(), weight.transpose(1, 2) if transpose else weight, offs=offsets)
         return _clear_tail(product, offsets) if tail else product
     product = rows.new_empty(rows.shape[0], weight.shape[1 if transpose else 2])
-    upcast = _is_slow(rows)
-    matrices = weight.unbind(0)
-    end = 0
-    for expert, start, end in _spans(offsets):
-        block, matrix = rows[start:end], matrices[expert]
+    sizes, matrices = _sizes(offsets, rows.shape[0]), weight.mT if transpose else weight
+    *blocks, _ = rows.split_with_sizes(sizes)
+    *products, unowned = product.split_with_sizes(sizes)
+    for size, block, matrix, out in zip(sizes[:-1], blocks, matrices.unbind(0), products, strict=True):
+        if not size:
+            continue
         if upcast:
-            block, matrix = block.float(), matrix.float()
-            product[start:end] = block @ (matrix.t() if transpose else matrix)
-        elif transpose and end - start <= FEW:
-            product[start:end] = torch.mm(matrix, block.t()).t()
+            out.copy_(block.float() @ matrix.float())
+        elif size <= few:
+            out.copy_(torch.mm(matrix.t(), block.t()).t())
         else:
-            torch.mm(block, matrix.t() if transpose else matrix, out=product[start:end])
-    product[end:] = 0
+            torch.mm(block, matrix, out=out)
+    unowned.zero_()
     return product
 
 
@@ -105,39 +109,38 @@ def _outer(grad: Tensor, rows: Tensor, offsets: Tensor, kernel: str) -> Tensor:
         return _grouped_mm(grad.contiguous().t(), rows.contiguous(), offs=offsets)
     shape = (offsets.shape[0], grad.shape[1], rows.shape[1])
     product = recycler.empty(shape, rows.dtype) if rows.device.type == "cpu" else rows.new_empty(shape)
-    upcast = _is_slow(rows)
-    empty = set(range(shape[0]))
-    matrices = product.unbind(0)
-    for expert, start, end in _spans(offsets):
-        empty.discard(expert)
-        left, right = grad[start:end].t(), rows[start:end]
-        if upcast:
-            matrices[expert].copy_(left.float() @ right.float())
+    sizes, upcast = _sizes(offsets, rows.shape[0]), _is_slow(rows)
+    *lefts, _ = grad.t().split_with_sizes(sizes, 1)
+    *rights, _ = rows.split_with_sizes(sizes)
+    for size, left, right, out in zip(sizes[:-1], lefts, rights, product.unbind(0), strict=True):
+        if not size:
+            out.zero_()
+        elif upcast:
+            out.copy_(left.float() @ right.float())
         else:
-            torch.mm(left, right, out=matrices[expert])
-    for expert in empty:
-        matrices[expert].zero_()
+            torch.mm(left, right, out=out)
     return product
 
 
 class _Product(torch.autograd.Function):
+    """With its context in `forward`: apart from it, PyTorch asks for the function's signature at each call.
+
+    `torch.func` would need it apart, and never comes here: under it a mixture is run by its reference.
+    """
+
     @staticmethod
-    def forward(rows: Tensor, weight: Tensor, offsets: Tensor, kernel: str, tail: bool) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, offsets: Tensor, kernel: str, tail: bool) -> Tensor:
+        ctx.save_for_backward(rows, weight, offsets)
+        ctx.kernel, ctx.tail = kernel, tail
         return _multiply(rows, weight, offsets, kernel, True, tail)
 
     @staticmethod
-    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        _save(ctx, inputs, output)
-
-    @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        rows, weight, offsets = ctx.saved_tensors  # type: ignore[attr-defined]
-        needs_rows, needs_weight, *_ = ctx.needs_input_grad  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        rows, weight, offsets = ctx.saved_tensors
+        needs_rows, needs_weight, *_ = ctx.needs_input_grad
         if _is_twice():
             return *_twice(grad, rows, weight, offsets, needs_rows, needs_weight), None, None, None
-        kernel, tail, grad = ctx.kernel, ctx.tail, grad.contiguous()  # type: ignore[attr-defined]
+        kernel, tail, grad = ctx.kernel, ctx.tail, grad.contiguous()
         return (
             _multiply(grad, weight, offsets, kernel, False, tail) if needs_rows else None,
             _outer(grad, rows, offsets, kernel) if needs_weight else None,
@@ -156,13 +159,12 @@ def _twice(
     grad: Tensor, rows: Tensor, weight: Tensor, offsets: Tensor, needs_rows: bool, needs_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The product's gradients to `rows` and `weight`, in steps that PyTorch knows the gradients of."""
-    matrices, spans = weight.unbind(0), list(_spans(offsets))
-    owned = spans[-1][2] if spans else 0
-    of_rows = [grad[start:end] @ matrices[expert] for expert, start, end in spans]
-    outer = {expert: grad[start:end].t() @ rows[start:end] for expert, start, end in spans}
+    sizes = _sizes(offsets, rows.shape[0])
+    *grads, _ = grad.split_with_sizes(sizes)
+    *blocks, unowned = rows.split_with_sizes(sizes)
     return (
-        torch.cat([*of_rows, torch.zeros_like(rows[owned:])]) if needs_rows else None,
-        torch.stack([outer.get(expert, torch.zeros_like(each)) for expert, each in enumerate(matrices)])
+        torch.cat([*map(torch.mm, grads, weight.unbind(0)), torch.zeros_like(unowned)]) if needs_rows else None,
+        torch.stack([torch.mm(each.t(), block) for each, block in zip(grads, blocks, strict=True)])
         if needs_weight
         else None,
     )
@@ -175,27 +177,22 @@ class _Bias(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(product: Tensor, bias: Tensor, offsets: Tensor, experts: Tensor, kernel: str) -> Tensor:
+    def forward(ctx: Any, product: Tensor, bias: Tensor, offsets: Tensor, experts: Tensor, kernel: str) -> Tensor:
+        ctx.save_for_backward(offsets)
+        ctx.kernel = kernel
         return product + bias.index_select(0, experts)
 
     @staticmethod
-    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        _, _, offsets, _, ctx.kernel = inputs  # type: ignore[attr-defined]
-        ctx.save_for_backward(offsets)
-
-    @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
-    ) -> tuple[Tensor, Tensor | None, None, None, None]:
-        (offsets,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        _, needs_bias, *_ = ctx.needs_input_grad  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        (offsets,) = ctx.saved_tensors
+        _, needs_bias, *_ = ctx.needs_input_grad
         of_bias = None
         if needs_bias and _is_twice():
-            sums = {expert: grad[start:end].sum(0) for expert, start, end in _spans(offsets)}
-            of_bias = torch.stack([sums.get(expert, grad.new_zeros(grad.shape[1])) for expert in range(len(offsets))])
+            *grads, _ = grad.split_with_sizes(_sizes(offsets, grad.shape[0]))
+            of_bias = torch.stack([each.sum(0) for each in grads])
         elif needs_bias:
             ones = grad.new_ones(grad.shape[0], 16 // grad.element_size())  # the narrowest that the kernel takes
-            summed = torch.ops.apt_moe.grouped_outer(grad.contiguous(), ones, offsets, ctx.kernel)  # type: ignore[attr-defined]
+            summed = torch.ops.apt_moe.grouped_outer(grad.contiguous(), ones, offsets, ctx.kernel)
             of_bias = summed[..., 0].contiguous()
         return grad, of_bias, None, None, None
 
@@ -233,19 +230,17 @@ def _(grad: Tensor, rows: Tensor, offsets: Tensor, kernel: str) -> Tensor:
     return rows.new_empty(offsets.shape[0], grad.shape[1], rows.shape[1])
 
 
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    *tensors, ctx.kernel, ctx.tail = inputs  # type: ignore[attr-defined]
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.kernel, ctx.tail = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _backward(
-    ctx: torch.autograd.function.FunctionCtx, grad: Tensor
-) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-    rows, weight, offsets = ctx.saved_tensors  # type: ignore[attr-defined]
-    needs_rows, needs_weight, *_ = ctx.needs_input_grad  # type: ignore[attr-defined]
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    rows, weight, offsets = ctx.saved_tensors
+    needs_rows, needs_weight, *_ = ctx.needs_input_grad
     if _is_twice():
         return *_twice(grad, rows, weight, offsets, needs_rows, needs_weight), None, None, None
-    operators, kernel, tail = torch.ops.apt_moe, ctx.kernel, ctx.tail  # type: ignore[attr-defined]
+    operators, kernel, tail = torch.ops.apt_moe, ctx.kernel, ctx.tail
     grad = grad.contiguous()
     return (
         operators.grouped_mm_back(grad, weight, offsets, kernel, tail) if needs_rows else None,
@@ -267,6 +262,14 @@ def _(rows: tuple[int, int], weight: tuple[int, int, int], *args: object, **kwar
 @register_flop_formula(torch.ops.apt_moe.grouped_outer)
 def _(grad: tuple[int, int], rows: tuple[int, int], *args: object, **kwargs: object) -> int:
     return 2 * grad[0] * grad[1] * rows[1]
+
+
+if torch.ops.aten._grouped_mm not in flop_registry:
+
+    @register_flop_formula(torch.ops.aten._grouped_mm)
+    def _(left: tuple[int, ...], right: tuple[int, ...], *args: object, **kwargs: object) -> int:
+        # Of [rows, in] by [experts, in, out], or of [out, rows] by [rows, in].
+        return 2 * left[0] * left[1] * right[-1]
 
 
 def _is_slow(rows: Tensor) -> bool:
@@ -296,10 +299,7 @@ def _clear_tail(product: Tensor, offsets: Tensor) -> Tensor:
     return product.masked_fill_(tail.unsqueeze(1), 0)
 
 
-def _spans(offsets: Tensor) -> Iterator[tuple[int, int, int]]:
-    """Each expert that owns rows, with its first row and the one behind its last."""
-    start = 0
-    for expert, end in enumerate(offsets.tolist()):
-        if end > start:
-            yield expert, start, end
-        start = end
+def _sizes(offsets: Tensor, rows: int) -> list[int]:
+    """How many of so many `rows` each expert owns, and last those that none does."""
+    ends = [0, *offsets.tolist(), rows]
+    return [end - start for start, end in pairwise(ends)]
