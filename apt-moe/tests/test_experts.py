@@ -172,3 +172,31 @@ def test_matrices_that_are_one_stay_one() -> None:
     torch.testing.assert_close(experts.every(rows, torch.eye(3)[owners]), expected)
     torch.testing.assert_close(experts.few(rows, owners[:, None], torch.ones(6, 1)).detach(), expected)
     torch.testing.assert_close(experts._one_by_one(rows, offsets), expected)
+
+
+class FrozenProvider(OddProvider):
+    """Its first matrix is random and stays so."""
+
+    way: Literal["fused", "gain"]
+
+    def create_layer(self, d_model: int, d_ff: int, dropout: float = 0.0, activation: str = "gelu") -> Odd:
+        layer = Odd(d_model, d_ff, self.way)
+        layer.up.weight.requires_grad_(False)
+        return layer
+
+
+@pytest.mark.parametrize(
+    ("way", "backend"), [("fused", "loop"), ("fused", "bmm"), ("fused", "grouped_mm"), ("gain", "loop")]
+)
+def test_what_a_layer_does_not_train_its_experts_do_not(
+    way: Literal["fused", "gain"], backend: Literal["loop", "bmm", "grouped_mm"]
+) -> None:
+    experts = Experts(FrozenProvider(way=way), 3, 8, 16, 0.0, "gelu")
+    assert [name for name, each in experts.named_parameters() if not each.requires_grad] == ["layer.up.weight"]
+    rows, offsets = torch.randn(6, 8, requires_grad=True), torch.tensor([2, 5, 6], dtype=torch.int32)
+    owners = torch.tensor([0, 0, 1, 1, 1, 2])
+    learnt = [rows, experts.layer.down.weight]
+    expected = torch.autograd.grad(experts.every(rows, torch.eye(3)[owners]).square().sum(), learnt)
+    seen = torch.autograd.grad(experts(rows, offsets, owners, backend).square().sum(), learnt)
+    for one, other in zip(seen, expected, strict=True):
+        torch.testing.assert_close(one, other)

@@ -265,13 +265,16 @@ def make_layer(provider: FFNProvider, sizes: tuple[int, int, float, str]) -> nn.
 
 
 def replace(layer: nn.Module, tensors: Mapping[str, Tensor]) -> list[nn.Parameter]:
-    """Put a new parameter of these numbers in the place of each; one that has several names keeps them all."""
+    """Put a new parameter of these numbers in the place of each.
+
+    One that has several names keeps them all, and one that is not trained still is not.
+    """
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in layer.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
     made = []
-    for same in names.values():
-        parameter = nn.Parameter(tensors[same[0]])
+    for before, same in names.items():
+        parameter = nn.Parameter(tensors[same[0]], requires_grad=before.requires_grad)
         for name in same:
             owner, _, attribute = name.rpartition(".")
             setattr(layer.get_submodule(owner), attribute, parameter)
