@@ -182,6 +182,28 @@ def test_a_layer_that_is_not_the_sum_of_its_slices_is_refused() -> None:
     assert MoE(expert=NormedProvider(), granularity=2, upcycle=False).create_layer(8, 16).experts.d_ff == 8
 
 
+class NarrowProvider(NormedProvider):
+    """As wide inside as keeps the parameters of a gated layer those of a plain one."""
+
+    def create_layer(self, d_model: int, d_ff: int, dropout: float = 0.0, activation: str = "gelu") -> Normed:
+        return Normed(d_model, 2 * d_ff // 3)
+
+
+def test_a_layer_of_another_width_than_d_ff_is_an_expert_but_is_not_split_nor_drawn_anew() -> None:
+    layer, stepper = trained(torch.optim.AdamW, expert=NarrowProvider())
+    x = torch.randn(1, 5, 8)
+    dense = layer(x).output
+    upcycle(layer, stepper)
+    layer.active = True
+    torch.testing.assert_close(layer(x).output, dense, rtol=1e-5, atol=1e-6)
+    assert all(
+        torch.equal(stepper.state[stack]["exp_avg"][2], stepper.state[one]["exp_avg"]) for one, stack in pairs(layer)
+    )
+    for options in ({"granularity": 2}, {"redraw": 0.5}):
+        with pytest.raises(OptionsError, match="has d_ff hidden units, to be split or drawn anew"):
+            MoE.model_validate({"expert": NarrowProvider(), **options}).create_layer(8, 16)
+
+
 class Running(nn.Module):
     """It takes what it has seen so far off its hidden units, or divides them all by it, or takes it off its output."""
 

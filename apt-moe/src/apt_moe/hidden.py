@@ -6,6 +6,7 @@ may hold several runs of d_ff one behind the other, as the two halves of a gated
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
 
 
 def hidden_axes(provider: FFNProvider, d_model: int, d_ff: int, activation: str = "gelu") -> dict[str, int]:
-    """Parameter name -> the axis of its hidden units; parameters that have none are left out.
+    """Parameter name -> the axis of its hidden units.
 
-    Raises `OptionsError` where nothing grows with `d_ff`: then the layer has no hidden units to speak of.
+    What has none is left out, and so is everything of a layer that is not `d_ff` wide, or a whole number of times.
     """
     with torch.device("meta"):
         one, other = (provider.create_layer(d_model, width, 0.0, activation) for width in (d_ff, 2 * d_ff))
@@ -33,10 +34,15 @@ def hidden_axes(provider: FFNProvider, d_model: int, d_ff: int, activation: str 
         grown = [axis for axis, (small, large) in enumerate(pairs) if large == 2 * small and small % d_ff == 0]
         if len(grown) == 1:
             axes[name] = grown[0]
-    if not axes:
-        fault = Fault("expert", f"no parameter of ffn.{provider.get_name()} grows with d_ff, so it has no hidden units")
-        raise OptionsError("ffn", "moe", [fault])
     return axes
+
+
+def check_units(provider: FFNProvider, axes: Mapping[str, int]) -> None:
+    """Raise `OptionsError` where a layer has no hidden units that could be split or drawn anew."""
+    if not axes:
+        what = f"no parameter of ffn.{provider.get_name()} has d_ff hidden units, to be split or drawn anew"
+        hint = "granularity: 1 and redraw: 0, or another expert"
+        raise OptionsError("ffn", "moe", [Fault("ffn.moe.expert", what, hint)])
 
 
 def units_first(tensor: Tensor, axis: int, d_ff: int) -> Tensor:

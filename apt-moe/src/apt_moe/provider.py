@@ -122,6 +122,7 @@ class MoE(FFNProvider):
     def create_layer(self, d_model: int, d_ff: int, dropout: float = 0.0, activation: str = "gelu") -> MixtureOfExperts:
         """A mixture whose experts each have the hidden width `d_ff`, or its part where they are fine-grained."""
         from apt_moe.experts import Experts, make_layer
+        from apt_moe.hidden import check_units
         from apt_moe.layer import MixtureOfExperts
         from apt_moe.upcycling import Upcycling, check_rows, check_slices
 
@@ -131,10 +132,13 @@ class MoE(FFNProvider):
         if self.upcycle and self.granularity > 1:
             check_slices(self.expert, self.granularity, activation)
             check_rows(router, self.router.get_name(), experts, self.granularity)
+        made = Experts(self.expert, experts, d_model, width, dropout, activation)
+        if self.upcycle and self.redraw:
+            check_units(self.expert, made.axes)
         return MixtureOfExperts(
             self.router,
             router,
-            Experts(self.expert, experts, d_model, width, dropout, activation),
+            made,
             make_layer(self.expert, sizes) if self.upcycle else None,
             math.inf if self.capacity is None else self.capacity,
             shared=[make_layer(self.expert, sizes) for _ in range(self.shared)],

@@ -24,7 +24,7 @@ from apt.errors import Fault, OptionsError
 from apt.layers import as_part
 from apt.layers.memory import memory_for
 from apt.layers.sharded import fill, whole
-from apt_moe.hidden import hidden_axes, slice_units, units_first
+from apt_moe.hidden import check_units, hidden_axes, slice_units, units_first
 
 if TYPE_CHECKING:
     from apt.core.providers import FFNProvider
@@ -120,6 +120,7 @@ def check_slices(provider: FFNProvider, parts: int, activation: str) -> None:
         buffers = {name: torch.rand(each.shape) for name, each in dense.named_buffers() if each.is_floating_point()}
         x = torch.randn(1, 3, d_model)
         axes = hidden_axes(provider, d_model, width, activation)
+        check_units(provider, axes)
         shape = _Shape(parts, parts, width)
         spread = {name: shape.spread(each, axes.get(name)) for name, each in state.items()}
         total = torch.zeros_like(x)
