@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import pytest
 import torch
 from pydantic import Field
@@ -261,11 +264,14 @@ class Scores(nn.Module):
     def __init__(self, d_model: int, experts: int) -> None:
         super().__init__()
         self.gate = nn.Linear(d_model, experts, bias=False)
+        self.register_buffer("temperature", torch.ones(()))
         self.offset = torch.randn(experts)  # neither a parameter nor a buffer
 
 
 class FaultyRouter(RouterProvider):
     """A softmax router with one fault."""
+
+    scheduled: ClassVar[Mapping[str, str]] = {"route_temp": "temperature"}
 
     fault: str = Field(default="", description="what is wrong with it")
 
@@ -278,6 +284,12 @@ class FaultyRouter(RouterProvider):
             logits = router.gate(inputs.float())
         if fault == "hidden state":
             logits = logits + router.offset
+        if fault != "temperature without effect":
+            logits = logits / router.temperature
+        if fault == "later tokens count":
+            logits = logits - logits.mean(1, keepdim=True)
+        if fault == "the place in the text counts":
+            logits = logits + torch.arange(logits.shape[1])[:, None] * torch.arange(logits.shape[2])
         probabilities = (logits / (1 if fault != "mean over the batch" else logits.std(0))).softmax(-1)
         if fault == "exp of raw scores":
             probabilities = logits.exp() / logits.exp().sum(-1, keepdim=True)
@@ -288,6 +300,12 @@ class FaultyRouter(RouterProvider):
             weights = weights / weights.sum(-1, keepdim=True)
         if fault == "weights above 1":
             weights = 2 * weights
+        if fault == "weights below 1" or (train and fault == "weights below 1 in training"):
+            weights = weights / 2
+        if train and fault == "negative weights in training":
+            weights = torch.stack((1 + weights[..., 0], -weights[..., 0]), -1)
+        if train and fault == "bfloat16 in training":
+            weights = weights.bfloat16()
         if fault == "detached router":
             weights = weights.detach()
         counted = torch.ones(inputs.shape[:2], dtype=torch.bool) if mask is None or "padding" in fault else mask
@@ -320,6 +338,13 @@ def test_a_router_without_a_fault_passes() -> None:
     [
         ("one expert twice", {}, "choices"),
         ("weights above 1", {}, "weights"),
+        ("weights below 1", {}, "weights"),
+        ("weights below 1 in training", {}, "weights"),
+        ("negative weights in training", {}, "weights"),
+        ("bfloat16 in training", {}, "float32"),
+        ("later tokens count", {}, "tokens_are_independent"),
+        ("the place in the text counts", {}, "tokens_are_independent"),
+        ("temperature without effect", {}, "scheduled_buffers"),
         ("detached router", {}, "learns"),
         ("renormalised top-1", {"top_k": 1}, "learns"),
         ("mean over the batch", {}, "calm_in_evaluation"),

@@ -47,13 +47,30 @@ def choices(subject: Subject) -> None:
 
 @check("router")
 def weights(subject: Subject) -> None:
-    """Weights are not negative, and of one token sum to at most 1."""
+    """Weights are not negative, and those of a token sum to 1 unless `keeps_scale` says no."""
     provider, router, x = _parts(subject)
-    _, weights, _ = _route(provider, router, x, False)
-    demand((weights >= 0).all(), "a weight is negative")
-    demand((weights.sum(-1) <= 1 + 1e-5).all(), f"the weights of a token sum to {weights.sum(-1).max():.4f}")
-    if not provider.supports_expert_choice():
-        demand((weights.sum(-1) > 0).all(), "a token has no weight at all")
+    for train, when in ((True, "in training"), (False, "in evaluation")):
+        _, weights, _ = _route(provider, router.train(train), x, train)
+        demand((weights >= 0).all(), f"{when} a weight is negative")
+        sums = weights.sum(-1)
+        if provider.keeps_scale():
+            what = f"{when} the weights of a token sum to {sums.min():.4f} to {sums.max():.4f}"
+            demand((sums - 1).abs().max() <= 1e-4, f"{what}, not to 1: keeps_scale() is to be False")
+        elif not provider.supports_expert_choice():
+            demand((sums > 0).all(), f"{when} a token has no weight at all")
+
+
+@check("router")
+def tokens_are_independent(subject: Subject) -> None:
+    """Each token is routed as if it were alone, which in writing it is, unless experts choose."""
+    provider, router, x = _parts(subject)
+    if provider.supports_expert_choice():
+        raise NotApplicable("experts choose among all tokens of a sequence")
+    router.eval()
+    together = _route(provider, router, x, False)
+    alone = _route(provider, router, x.flatten(0, 1).unsqueeze(1), False)
+    demand(torch.equal(alone[0].view_as(together[0]), together[0]), "a token has other experts alone than in its text")
+    demand_close(alone[1].view_as(together[1]), together[1], "the weights of a token alone and in its text")
 
 
 @check("router")
@@ -170,9 +187,10 @@ def state_dict(subject: Subject) -> None:
 def float32(subject: Subject) -> None:
     """Weights are float32, under autocast too: in bfloat16 near ties go astray."""
     provider, router, x = _parts(subject)
-    with torch.autocast("cpu", torch.bfloat16):
-        weights = _route(provider, router, x, False)[1]
-    demand(weights.dtype == torch.float32, f"weights are {weights.dtype} under autocast")
+    for train in (True, False):
+        with torch.autocast("cpu", torch.bfloat16):
+            weights = _route(provider, router.train(train), x, train)[1]
+        demand(weights.dtype == torch.float32, f"weights are {weights.dtype} under autocast")
 
 
 @check("router")
@@ -197,10 +215,27 @@ def capacity(subject: Subject) -> None:
 
 @check("router")
 def scheduled_buffers(subject: Subject) -> None:
-    """Each scheduled value has its zero-dimensional float32 buffer."""
-    _, router, _ = _parts(subject)
+    """Each scheduled value has its zero-dimensional float32 buffer, and routing follows it."""
+    provider, router, x = _parts(subject)
+
+    def route() -> list[Tensor]:
+        seen: list[Tensor] = []
+        for train in (True, False):
+            torch.manual_seed(0)
+            indices, weights, losses = _route(provider, router.train(train), x, train)
+            seen += (indices, weights, *losses.values())
+        return seen
+
     for part in find_parts(router):
         for value, buffer in part.provider.scheduled.items():
             found = dict(part.module.named_buffers(recurse=False)).get(buffer)
             right = found is not None and found.dim() == 0 and found.dtype == torch.float32
             demand(right, f"scheduled value {value}: the module has no zero-dimensional float32 buffer {buffer!r}")
+            assert found is not None
+            before = route()
+            was = found.clone()
+            found.copy_(3 * was + 1)
+            after = route()
+            found.copy_(was)
+            read = any(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
+            demand(read, f"scheduled value {value}: changing the buffer {buffer!r} changes no choice, weight or loss")
