@@ -204,6 +204,37 @@ def test_a_layer_of_another_width_than_d_ff_is_an_expert_but_is_not_split_nor_dr
             MoE.model_validate({"expert": NarrowProvider(), **options}).create_layer(8, 16)
 
 
+class Gained(Normed):
+    """It has a parameter of a single number."""
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__(d_model, d_ff)
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        return self.gain * super().forward(x)
+
+
+class GainedProvider(NormedProvider):
+    def create_layer(self, d_model: int, d_ff: int, dropout: float = 0.0, activation: str = "gelu") -> Gained:
+        return Gained(d_model, d_ff)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_what_is_remembered_of_a_single_number_is_carried_and_the_count_of_steps_stays_one(
+    optimizer: type[torch.optim.Optimizer],
+) -> None:
+    layer, stepper = trained(optimizer, expert=GainedProvider())
+    upcycle(layer, stepper)
+    layer.active = True
+    layer(torch.randn(2, 5, 8)).output.square().mean().backward()
+    dense, stack = next((one, stack) for one, stack in pairs(layer) if not one.dim())
+    before = {key: value.clone() for key, value in stepper.state[stack].items()}
+    for key, value in stepper.state[dense].items():
+        torch.testing.assert_close(before[key], value if key == "step" else value.expand(4))
+    stepper.step()
+
+
 class Running(nn.Module):
     """It takes what it has seen so far off its hidden units, or divides them all by it, or takes it off its output."""
 

@@ -205,7 +205,9 @@ def _carry(
     for key, value in state.items():
         if there and key not in there:
             continue
-        if not isinstance(value, Tensor) or value.shape != dense.shape:
+        # Of a single number a moment has the shape of a count of steps.
+        counts = not dense.dim() and key not in POWERS
+        if not isinstance(value, Tensor) or value.shape != dense.shape or counts:
             carried[key] = value.clone() if isinstance(value, Tensor) else value
             continue
         spread = shape.spread(whole(value), axis)
