@@ -109,12 +109,36 @@ def test_the_view_shows_the_text_and_each_expert_s_load(
     assert shown.getvalue().count("%") >= 4
     with pytest.raises(UserError, match="--layer 7: has no experts; blocks that have: 0, 1"):
         inspecting.inspect_run(tmp_path, file, **asked | {"layer": 7})
+    for option in ("top", "chars"):
+        with pytest.raises(UserError, match=f"--{option} -1: is not allowed; 0 or more"):
+            inspecting.inspect_run(tmp_path, file, **asked | {option: -1})
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="is not UTF-8"):
         main(["inspect", str(tmp_path), "--text", str(file)])
     file.write_text("")
     with pytest.raises(UserError, match="is empty"):
         inspecting.inspect_run(tmp_path, file, **asked)
+
+
+def test_characters_of_several_bytes_are_shown_whole_and_line_ends_are_those_of_the_file(
+    model: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = registry.get("tokenizer", "byte", fallback=False).train([])
+    read: list[list[int]] = []
+    trace = inspecting.trace
+    monkeypatch.setattr(
+        inspecting, "trace", lambda model, tokens, seq: (read.append(tokens), trace(model, tokens, seq))[1]
+    )
+    run = SimpleNamespace(model=model, tokenizer=tokenizer, config=SimpleNamespace(max_seq_len=32))
+    monkeypatch.setattr("apt.runs.load_run", lambda folder, allow_local_code: run)
+    text = "caf\N{LATIN SMALL LETTER E WITH ACUTE}, \u4e2d\u6587 \U0001f600, \ufffd.\r\nend"
+    file = tmp_path / "text.txt"
+    file.write_bytes(text.encode())
+    shown = io.StringIO()
+    asked = {"layer": None, "top": 0, "chars": 99, "allow_local_code": False}
+    inspecting.inspect_run(tmp_path, file, **asked, console=Console(file=shown, width=150))
+    assert read == [tokenizer.encode(text)]
+    assert all(line in shown.getvalue() for line in text.split("\r\n"))
 
 
 def test_a_token_that_no_expert_chose_is_no_expert_s() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
+from apt.core.providers import Tokenizer
 from apt.errors import UserError
 from apt_moe.layer import MixtureOfExperts
 
@@ -31,6 +32,8 @@ COLOURS = (
     "bright_magenta",
     "bright_cyan",
 )
+UNFINISHED, LONGEST = "\N{REPLACEMENT CHARACTER}", 4
+"""What tokens decode to that are no whole character yet, and the bytes that a character has at most."""
 SMOOTH = 5
 """How often a token must be met before its share says anything: added to the count that a share is taken of."""
 
@@ -145,10 +148,14 @@ def inspect_run(
     """Print the text coloured by expert, and a table of each expert's load and most typical tokens."""
     from apt.runs import load_run
 
+    for option, value in (("--top", top), ("--chars", chars)):
+        if value < 0:
+            raise UserError(f"{option} {value}: is not allowed; 0 or more")
     console = Console() if console is None else console
     run = load_run(folder, allow_local_code=allow_local_code)
     try:
-        read = text.read_text(encoding="utf-8")
+        # With its line ends as they are, as training reads it.
+        read = text.read_bytes().decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{text}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
     tokens = run.tokenizer.encode(read)
@@ -163,8 +170,9 @@ def inspect_run(
     routing = by_block[chosen]
     coloured = Text()
     length = 0
-    for token, expert in zip(tokens, routing.first, strict=True):
-        piece = run.tokenizer.decode([token])
+    experts = routing.first
+    for piece, last in _pieces(run.tokenizer, tokens):
+        expert = experts[last]
         length += len(piece)
         if length > chars:
             coloured.append(" ...")
@@ -182,6 +190,17 @@ def inspect_run(
         )
         table.add_row(Text(str(expert), style=_style(expert)), f"{share:.1%}", Text(listed))
     console.print(table)
+
+
+def _pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> Iterator[tuple[str, int]]:
+    """The text in pieces of a token, and of several where they are a character together; with the number of each one's last."""
+    start = 0
+    for last in range(len(tokens)):
+        piece = tokenizer.decode(list(tokens[start : last + 1]))
+        if piece.endswith(UNFINISHED) and last - start + 1 < LONGEST and last + 1 < len(tokens):
+            continue
+        start = last + 1
+        yield piece, last
 
 
 def _style(expert: int) -> str:
