@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,10 @@ class Bench:
         """The layer, in evaluation mode; without dropout where it has none."""
         provider = self.subject.provider
         if not isinstance(provider, AttentionProvider):
-            return self.subject.build(D_MODEL, D_FF, dropout, seed=seed).eval()
+            layer = self.subject.build(D_MODEL, D_FF, dropout, seed=seed).eval()
+            if getattr(layer, "takes_tokens", False):
+                layer.register_forward_pre_hook(_give_tokens, with_kwargs=True)
+            return layer
         return self.subject.build(D_MODEL, HEADS, dropout * provider.supports_dropout(), seed=seed).eval()
 
     def parameter_count(self) -> int:
@@ -54,6 +58,13 @@ class Bench:
             return provider.get_memory_estimate(seq, D_MODEL, HEADS, batch)
         assert isinstance(provider, FFNProvider)
         return provider.get_memory_estimate(seq, D_MODEL, D_FF, batch)
+
+
+def _give_tokens(
+    layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """Ids for a layer that asks for them: the same for each token wherever it stands."""
+    return args, {"tokens": (args[0].detach().float().sum(-1) * 1e4).long(), **kwargs}
 
 
 def states(batch: int, seq: int, seed: int = 1) -> Tensor:
