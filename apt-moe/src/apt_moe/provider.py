@@ -183,7 +183,8 @@ class MoE(FFNProvider):
         run = self._chosen() if self.backend == "bmm" else rows
         routed = self.expert.get_memory_estimate(seq_len * run, d_model, self._width(d_ff), batch_size)
         copied = rows if self.backend == "bmm" else 0  # what is put in each expert's place
-        routing = 4 * tokens * d_model * (1 + rows + copied) + 4 * tokens * (4 * experts)
+        jittered = isinstance(self.router, TopK) and self.router.jitter > 0  # by numbers that are kept
+        routing = 4 * tokens * d_model * (1 + jittered + rows + copied) + 4 * tokens * (4 * experts)
         return self.shared * kept + routed + routing
 
     def _chosen(self) -> int:
