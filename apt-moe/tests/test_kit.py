@@ -11,6 +11,7 @@ test_moe_of_fine_grained_and_shared_experts = conformance("ffn.moe", {"experts":
 test_moe_by_the_tokens_ids = conformance("ffn.moe", {"experts": 4, "router": "hash"})
 test_moe_with_noise = conformance("ffn.moe", {"experts": 4, "router": "noisy_topk", "capacity": 1.1})
 test_moe_with_jitter = conformance("ffn.moe", {"experts": 4, "router": "switch", "capacity": 1.0})
+test_moe_by_the_reference = conformance("ffn.moe", {"experts": 4, "backend": "naive", "capacity": 1.0, "shared": 1})
 test_topk_default = conformance("router.topk_default")
 test_noisy_topk = conformance("router.noisy_topk")
 test_switch = conformance("router.switch")

@@ -165,23 +165,28 @@ class MoE(FFNProvider):
         return self.experts * self.granularity * self.expert.get_parameter_count(d_model, self._width(d_ff))
 
     def get_flops_estimate(self, seq_len: int, d_model: int, d_ff: int) -> int:
-        """The router and the experts of a token; nothing is assumed to be dropped."""
+        """The router and the experts of a token, all of them with `naive`; nothing is assumed to be dropped."""
         shared = self.shared * self.expert.get_flops_estimate(seq_len, d_model, d_ff)
-        routed = self.expert.get_flops_estimate(seq_len * self._chosen(), d_model, self._width(d_ff))
+        run = self.experts * self.granularity if self.backend == "naive" else self._chosen()
+        routed = self.expert.get_flops_estimate(seq_len * run, d_model, self._width(d_ff))
         return shared + routed + 2 * seq_len * d_model * self.experts * self.granularity
 
     def get_memory_estimate(self, seq_len: int, d_model: int, d_ff: int, batch_size: int = 1) -> int:
         """The experts' own on their rows, and what routing and combining keep, where the load is even.
 
         Rows are k a token; where experts choose their tokens one for each expert, of which `bmm` runs k. With `bmm` every expert
-        has as many as the busiest: where the load is uneven it takes more, in operations too.
+        has as many as the busiest: where the load is uneven it takes more, in operations too. With `naive` every expert reads all
+        tokens, which are kept once.
         """
-        tokens, experts = batch_size * seq_len, self.experts * self.granularity
-        rows = experts if self.router.supports_expert_choice() else self._chosen()
+        tokens, experts, naive = batch_size * seq_len, self.experts * self.granularity, self.backend == "naive"
+        rows = experts if naive or self.router.supports_expert_choice() else self._chosen()
         # Shared experts keep the same input once, and each its output for a weight that is not 1.
         kept = self.expert.get_memory_estimate(seq_len, d_model, d_ff, batch_size) - 4 * tokens * d_model
         run = self._chosen() if self.backend == "bmm" else rows
         routed = self.expert.get_memory_estimate(seq_len * run, d_model, self._width(d_ff), batch_size)
+        if naive:
+            one = self.expert.get_memory_estimate(seq_len, d_model, self._width(d_ff), batch_size)
+            routed = experts * (one - 4 * tokens * d_model)
         copied = rows if self.backend == "bmm" else 0  # what is put in each expert's place
         jittered = isinstance(self.router, TopK) and self.router.jitter > 0  # by numbers that are kept
         routing = 4 * tokens * d_model * (1 + jittered + rows + copied) + 4 * tokens * (4 * experts)
