@@ -84,6 +84,8 @@ def test_sampling_keeps_to_its_limits() -> None:
 
     assert drawn() == {0, 1, 2, 3}
     assert drawn(temperature=0) == {0}
+    for nearly in (1e-30, 1e-40, 5e-324):
+        assert drawn(temperature=nearly) == {0}
     assert drawn(top_k=2) == {0, 1}
     assert drawn(top_k=9) == {0, 1, 2, 3}
     assert drawn(top_p=0.6) == {0, 1}

@@ -43,7 +43,9 @@ class Sampling:
         """One token for each row."""
         if self.temperature == 0:
             return logits.argmax(-1, keepdim=True)
-        logits = logits.float() / self.temperature
+        logits = logits.float()
+        # The likeliest token's score is 0 before it is divided: a temperature near 0 makes no other infinitely likely.
+        logits = (logits - logits.amax(-1, keepdim=True)) / max(self.temperature, torch.finfo(logits.dtype).tiny)
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             least = logits.topk(self.top_k, dim=-1).values[:, -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)
