@@ -124,6 +124,8 @@ def test_a_row_is_multiplied_as_exactly_as_bf16_allows_and_compiled_as_it_is(
     assert torch.equal(torch.compile(layer, fullgraph=True, backend=backend)(x), layer(x))
     called = [node.target for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
     assert (torch.ops.apt.multiply_row in called) == (shape == (1, 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x.float()), nn.functional.linear(x, linear.weight, linear.bias))
     assert torch.equal(pickle.loads(pickle.dumps(copy.deepcopy(layer)))(x), layer(x))
 
 
