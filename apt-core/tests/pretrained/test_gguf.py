@@ -194,6 +194,29 @@ def test_a_file_that_was_cut_short_is_refused_wherever_it_ends(trained: Path, tm
     assert not (tmp_path / "run").exists()
 
 
+def test_a_file_with_flipped_bits_is_read_or_refused(trained: Path, tmp_path: Path) -> None:
+    path = write_gguf(loaded(trained), tmp_path / "tiny.gguf")
+    whole = path.read_bytes()
+
+    def read(old: bytes, new: bytes) -> None:
+        assert len(old) == len(new)
+        path.write_bytes(whole.replace(old, new, 1))
+        import_model("gguf", path, tmp_path / "run")
+
+    # A token that merges need, the number of a special one, a size, and the number of dimensions of a tensor.
+    size, special = b"llama.feed_forward_length\x04\0\0\0", b"tokenizer.ggml.eos_token_id\x04\0\0\0"
+    for old, new in (
+        ("Ġ1".encode(), "Ġ\0".encode()),
+        (special + b"\x02\0", special + b"\x02\x08"),
+        (size + b"\x18\0\0\0", size + b"\x18\0\0\x7f"),
+        (b"attn_q.weight\x02", b"attn_q.weight\x01"),
+    ):
+        with pytest.raises(UserError):
+            read(old, new)
+    assert not (tmp_path / "run").exists()
+    read(b"Tiny", b"Tinz")
+
+
 def test_pieces_with_scores_are_joined_best_first() -> None:
     pieces = [
         "<unk>",

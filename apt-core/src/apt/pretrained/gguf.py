@@ -6,13 +6,14 @@ permutes the rows of W_q and W_k, and of their biases, to match, and here they a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apt.builtin.pretrained import PretrainedTokenizer
-from apt.errors import Fault, FaultsError, UserError
+from apt.errors import AptError, Fault, FaultsError, UserError
 from apt.pretrained.gguf_tokenizer import LLAMA3, WORDS, build_tokenizer
 from apt.pretrained.llama import LlamaShape
 from apt.pretrained.sources import Source
@@ -56,15 +57,12 @@ def open_gguf(path: Path) -> Source:
         raise UserError("GGUF files are read by the package gguf: pip install 'apt-core[gguf]'") from error
     import torch
 
-    try:
+    with _reading(path):
         reader = GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
         tensors = {_rename(tensor.name): tensor for tensor in reader.tensors}
-    except OSError:
-        raise
-    except Exception as error:  # the reader indexes what it mapped: a file that was cut short may end in any error
-        raise UserError(f"{path}: is not a GGUF file, or not a whole one: {error}") from error
-    shape = _shape(fields, str(path), tensors)
+        shape = _shape(fields, str(path), tensors)
+        tokenizer, add_bos = _tokenizer(fields, path)
     if "rope_freqs.weight" in tensors:
         raise FaultsError([Fault(f"{path}: rope_freqs.weight", "scaled positions are not supported")])
 
@@ -72,15 +70,26 @@ def open_gguf(path: Path) -> Source:
         if name not in tensors:
             raise UserError(f"{path}: has no tensor {name}, which a Llama has")
         found = tensors[name]
-        weight = torch.from_numpy(dequantize(found.data, found.tensor_type).copy())
-        for part, heads in (("q_proj", shape.num_heads), ("k_proj", shape.num_kv_heads)):
-            if part in name and fields["general.architecture"] != "qwen2":
-                # [heads, width / 2, 2, ...] holds the pairs side by side; we want all first ones, then all second.
-                weight = weight.view(heads, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+        with _reading(path):
+            weight = torch.from_numpy(dequantize(found.data, found.tensor_type).copy())
+            for part, heads in (("q_proj", shape.num_heads), ("k_proj", shape.num_kv_heads)):
+                if part in name and fields["general.architecture"] != "qwen2":
+                    # [heads, width / 2, 2, ...] holds the pairs side by side; we want all first ones, then all second.
+                    weight = weight.view(heads, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
         return weight
 
-    tokenizer, add_bos = _tokenizer(fields, path)
     return Source(str(fields.get("general.name", path.stem)), shape, tokenizer, add_bos, frozenset(tensors), get)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What is read of a file that was cut short or damaged may end in any error; it becomes a `UserError`."""
+    try:
+        yield
+    except (AptError, OSError):
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: is not a GGUF file, or not a whole one: {error}") from error
 
 
 def _rename(name: str) -> str:

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal, cast
 
+import torch
 from torch.optim import SGD
 
 from apt.core import yaml
@@ -58,12 +59,14 @@ def import_model(
         left = sorted(name for name in source.names - used if not name.endswith(SKIPPED) and not _tied(source, name))
         if left:
             raise UserError(f"{path}: has tensors that this model has no place for: {', '.join(left[:8])}")
-        model = ModelBuilder(profile.config, resolved=profile.resolved).build_model()
-        expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+        builder = ModelBuilder(profile.config, resolved=profile.resolved)
+        with torch.device("meta"):  # before sizes that the tensors have not take their memory
+            expected = {name: tuple(weight.shape) for name, weight in builder.build_model().state_dict().items()}
         for name, weight in weights.items():
             if expected.get(name, tuple(weight.shape)) != tuple(weight.shape):
                 what = f"is {list(weight.shape)} in its tensors, and {list(expected[name])} by its configuration"
                 raise UserError(f"{path}: {name} {what}")
+        model = builder.build_model()
         missing, unexpected = model.load_state_dict(weights, strict=False)
         if unexpected or set(missing) - {"head.weight"}:
             raise UserError(f"{path}: does not fit the profile's model: {sorted({*missing, *unexpected})}")
