@@ -167,6 +167,11 @@ def test_the_ids_that_end_a_text_are_those_of_the_generation_config_too(exported
         ({"hidden_act": "gelu"}, "hidden_act: 'gelu'"),
         ({"hidden_size": None}, "hidden_size: is missing"),
         ({"eos_token_id": None}, "eos_token_id"),
+        ({"eos_token_id": ["x"]}, "eos_token_id: 'x' is no id"),
+        ({"bos_token_id": {}}, "bos_token_id: {} is no id"),
+        ({"rope_theta": [1]}, "rope_theta: [1] is no number"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps: 'small' is not what this family has; a number"),
+        ({"num_hidden_layers": True}, "num_hidden_layers: is missing, or is no whole number"),
         (
             {"model_type": "mistral", "sliding_window": 7, "layer_types": ["full_attention", "sliding_attention"]},
             "sliding_window: 7 in 1 of 2 layers; here all layers have a window or none has",
@@ -259,6 +264,14 @@ def test_tensors_of_other_sizes_and_another_tokenizer_are_told_as_faults_of_the_
     folder = copy(exported, tmp_path / "narrow", intermediate_size=30)
     with pytest.raises(UserError, match=r"ffn\.up\.weight is \[48, 16\] in its tensors, and \[60, 16\] by its config"):
         import_model("hf", folder, tmp_path / "a")
+    for given, kind in (("[]", "list"), ('"x"', "str")):
+        (folder / "tokenizer_config.json").write_text(given)
+        with pytest.raises(UserError, match=f"tokenizer_config.json: holds a {kind}, not an object"):
+            import_model("hf", folder, tmp_path / "a")
+    folder = copy(exported, tmp_path / "ends")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, {}]}')
+    with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id: \{\} is no id"):
+        import_model("hf", folder, tmp_path / "a")
     folder = copy(exported, tmp_path / "odd")
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"tokenizer\.json: is no file of the tokenizers library"):
@@ -268,7 +281,7 @@ def test_tensors_of_other_sizes_and_another_tokenizer_are_told_as_faults_of_the_
 def test_of_several_chat_templates_the_default_is_taken(exported: Path, tmp_path: Path) -> None:
     folder = copy(exported, tmp_path / "hf")
     path = folder / "tokenizer_config.json"
-    several = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "usual"}]
+    several = [3, {"name": "tool_use", "template": "tools"}, {"name": "default", "template": "usual"}]
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": several}))
     run = loaded(import_model("hf", folder, tmp_path / "run"))
     assert run.tokenizer.chat_template == "usual"  # type: ignore[attr-defined]

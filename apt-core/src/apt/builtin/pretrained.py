@@ -92,7 +92,8 @@ class PretrainedTokenizer:
         """The Jinja text that turns a conversation into a prompt; of several, which have names, the default."""
         template = self.settings.get("chat_template")
         if isinstance(template, list):
-            template = {each["name"]: each["template"] for each in template}.get("default")
+            named = {each.get("name"): each.get("template") for each in template if isinstance(each, Mapping)}
+            template = named.get("default")
         return template if isinstance(template, str) else None
 
     def encode(self, text: str) -> Sequence[int]:
@@ -136,6 +137,8 @@ def read_settings(folder: Path) -> dict[str, object]:
             settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{folder / SETTINGS}: is not JSON: {error}") from error
+        if not isinstance(settings, dict):
+            raise UserError(f"{folder / SETTINGS}: holds a {type(settings).__name__}, not an object")
     if (folder / TEMPLATE).is_file():
         settings["chat_template"] = (folder / TEMPLATE).read_text(encoding="utf-8")
     return settings

@@ -94,10 +94,17 @@ class LlamaShape:
         def refuse(key: str, hint: str = "") -> None:
             faults.append(Fault(f"{where}: {key}", f"{config.get(key)!r} is not what this family has", hint))
 
+        def ids(key: str) -> tuple[int, ...]:
+            try:
+                return read_ids(config.get(key))
+            except ValueError as error:
+                faults.append(Fault(f"{where}: {key}", str(error)))
+                return ()
+
         if config.get("model_type") not in FAMILY:
             refuse("model_type", f"models of the types {', '.join(FAMILY)} can be imported")
             raise FaultsError(faults)
-        missing = [key for key in _SIZES if not isinstance(config.get(key), int)]
+        missing = [key for key in _SIZES if type(config.get(key)) is not int]
         if missing:
             raise FaultsError([Fault(f"{where}: {key}", "is missing, or is no whole number") for key in missing])
         sizes = {ours: int(str(config[theirs])) for theirs, ours in _SIZES.items()}
@@ -111,12 +118,17 @@ class LlamaShape:
         except ValueError as error:
             faults.append(Fault(f"{where}: sliding_window", str(error)))
         heads, width = sizes["num_heads"], config.get("head_dim")
+        norm_eps = config.get("rms_norm_eps", 1e-6)
+        if not _is_number(norm_eps):
+            refuse("rms_norm_eps", "a number")
         theta, given = _positions(config)
+        if not _is_number(theta):
+            faults.append(Fault(f"{where}: rope_theta", f"{theta!r} is no number"))
         try:
             scaling = None if given is None else _scaling(given, sizes["max_seq_len"])
         except ValueError as error:
             faults.append(Fault(f"{where}: rope_scaling", str(error)))
-        eos = read_ids(config.get("eos_token_id"))
+        bos, eos, pad = ids("bos_token_id"), ids("eos_token_id"), ids("pad_token_id")
         if not eos:
             refuse("eos_token_id", "the id that ends a text")
         if faults:
@@ -130,16 +142,16 @@ class LlamaShape:
             vocab_size=sizes["vocab_size"],
             max_seq_len=sizes["max_seq_len"],
             num_kv_heads=kv_heads if isinstance(kv_heads, int) else heads,
-            norm_eps=float(str(config.get("rms_norm_eps", 1e-6))),
-            rope_theta=theta,
+            norm_eps=float(str(norm_eps)),
+            rope_theta=float(str(theta)),
             tied=bool(config.get("tie_word_embeddings", False)),
             head_width=width if isinstance(width, int) and width * heads != sizes["d_model"] else None,
             bias="qkv" if config["model_type"] == "qwen2" else "all" if config.get("attention_bias") else "none",
             window=window,
             rope_scaling=scaling,
-            bos=_first(config.get("bos_token_id")),
+            bos=_first(bos),
             eos=eos,
-            pad=_first(config.get("pad_token_id")),
+            pad=_first(pad),
         )
 
     def to_hf(self) -> dict[str, object]:
@@ -273,15 +285,15 @@ def to_theirs(shape: LlamaShape, weights: Mapping[str, Tensor]) -> dict[str, Ten
     return result
 
 
-def _positions(config: Mapping[str, object]) -> tuple[float, Mapping[str, object] | None]:
+def _positions(config: Mapping[str, object]) -> tuple[object, Mapping[str, object] | None]:
     """theta, and the scaling where it is not the identity; transformers 5 keeps both in rope_parameters."""
     for key in ("rope_parameters", "rope_scaling"):
         given = config.get(key)
         if isinstance(given, Mapping):
-            theta = float(str(given.get("rope_theta", config.get("rope_theta", 10000.0))))
+            theta = given.get("rope_theta", config.get("rope_theta", 10000.0))
             kind = given.get("rope_type", given.get("type", "default"))
             return theta, None if kind == "default" else given
-    return float(str(config.get("rope_theta", 10000.0))), None
+    return config.get("rope_theta", 10000.0), None
 
 
 def _window(config: Mapping[str, object], sizes: Mapping[str, int]) -> int | None:
@@ -354,12 +366,17 @@ def _to_hf(scaling: Mapping[str, object]) -> dict[str, object]:
 
 
 def read_ids(value: object) -> tuple[int, ...]:
-    """What a configuration gives as one id, as a list of them, or not at all."""
-    if isinstance(value, int):
-        return (value,)
-    return tuple(int(each) for each in value) if isinstance(value, list) else ()
+    """What a configuration gives as one id, as a list of them, or not at all. Raises `ValueError` for anything else."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for each in ids:
+        if type(each) is not int:
+            raise ValueError(f"{each!r} is no id")
+    return tuple(ids)
 
 
-def _first(value: object) -> int | None:
-    ids = read_ids(value)
+def _first(ids: tuple[int, ...]) -> int | None:
     return ids[0] if ids and ids[0] >= 0 else None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -47,7 +47,10 @@ def open_folder(path: Path, stack: ExitStack) -> Source:
         )
     shape = LlamaShape.from_hf(_read(path / "config.json"), str(path / "config.json"))
     if (path / "generation_config.json").is_file():
-        more = read_ids(_read(path / "generation_config.json").get("eos_token_id"))
+        try:
+            more = read_ids(_read(path / "generation_config.json").get("eos_token_id"))
+        except ValueError as error:
+            raise UserError(f"{path / 'generation_config.json'}: eos_token_id: {error}") from error
         shape = replace(shape, eos=tuple(dict.fromkeys((*shape.eos, *more))))
     where = _shards(path)
     files: dict[str, Any] = {}
