@@ -91,6 +91,7 @@ def test_sampling_keeps_to_its_limits() -> None:
     assert drawn(top_p=0.6) == {0, 1}
     assert drawn(top_p=0.5) == {0}
     assert drawn(top_p=1e-9) == {0}
+    assert drawn(top_p=1e-50) == {0}
 
 
 def test_temperature_and_the_limits_shape_the_shares() -> None:
@@ -109,6 +110,14 @@ def test_temperature_and_the_limits_shape_the_shares() -> None:
     torch.testing.assert_close(shares(top_k=2), kept, atol=0.02, rtol=0)
     # Heat comes first: at temperature 2 the two likeliest hold 0.65, and three are needed for 0.7.
     assert shares(temperature=2.0, top_p=0.7)[2] > 0
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_a_model_whose_scores_are_no_numbers_is_refused(model: Decoder, temperature: float) -> None:
+    with torch.no_grad():
+        model.norm.weight.fill_(torch.nan)
+    with pytest.raises(UserError, match="the scores of the next token are no finite numbers"):
+        generate(model, TOKENIZER, "x", temperature=temperature)
 
 
 @pytest.mark.parametrize(
