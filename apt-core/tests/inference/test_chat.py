@@ -84,10 +84,19 @@ def test_a_template_may_mark_the_assistants_words_and_say_how_json_is_written() 
     assert render(Talker(), [], written) == '{"a":1,"b":"\\u00e9"}'
 
 
-@pytest.mark.parametrize("template", ["{{ 1 + 'a' }}", "{{ 1 // 0 }}", "{{ messages[9].x }}"])
+@pytest.mark.parametrize(
+    "template",
+    ["{{ 1 + 'a' }}", "{{ 1 // 0 }}", "{{ messages[9].x }}", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}"],
+)
 def test_what_goes_wrong_in_a_template_is_told_as_its_fault(template: str) -> None:
     with pytest.raises(UserError, match="the chat template refuses this conversation: "):
         render(Talker(), [], template)
+
+
+@pytest.mark.parametrize("asked", [{"max_new_tokens": -1}, {"seed": -1}, {"seed": 2**64}])
+def test_numbers_out_of_range_are_refused_as_generate_refuses_them(model: Decoder, asked: dict[str, int]) -> None:
+    with pytest.raises(UserError, match=r"(max_new_tokens|seed): -?\d+ is not allowed"):
+        Chat(model, Talker(), sampling=GREEDY, **asked)  # type: ignore[arg-type]
 
 
 def test_what_was_read_in_one_turn_is_not_read_again_in_the_next(
@@ -197,6 +206,9 @@ def test_piped_lines_are_turns_and_the_template_may_be_a_file(
     assert main(["chat", str(run)]) == 2
     assert "no chat template" in capsys.readouterr().err
     template = tmp_path / "template.jinja"
+    template.write_bytes(b"\xff")
+    assert main(["chat", str(run), "--template", str(template)]) == 2
+    assert "template.jinja: is not UTF-8" in capsys.readouterr().err
     template.write_text(TEMPLATE)
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\n/huh\n/clear\nagain\n/exit\nnever\n"))
     assert main(["chat", str(run), "--template", str(template), "--max-new-tokens", "5"]) == 0

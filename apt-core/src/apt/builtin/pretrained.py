@@ -51,7 +51,7 @@ class Pretrained(TokenizerProvider):
         """What was stated, or the highest id of the file and one."""
         if self.vocab_size is not None:
             return self.vocab_size
-        content = json.loads(_text(self._path()))
+        content = json.loads(read_text(self._path()))
         ids = [*content["model"]["vocab"].values(), *(each["id"] for each in content.get("added_tokens", ()))]
         return max(ids) + 1
 
@@ -72,7 +72,7 @@ class Pretrained(TokenizerProvider):
     def _read(self, path: Path) -> PretrainedTokenizer:
         from tokenizers import Tokenizer as Trained
 
-        content = _text(path)
+        content = read_text(path)
         try:
             trained = Trained.from_str(content)
         except Exception as error:
@@ -140,12 +140,15 @@ def read_settings(folder: Path) -> dict[str, object]:
         if not isinstance(settings, dict):
             raise UserError(f"{folder / SETTINGS}: holds a {type(settings).__name__}, not an object")
     if (folder / TEMPLATE).is_file():
-        settings["chat_template"] = (folder / TEMPLATE).read_text(encoding="utf-8")
+        settings["chat_template"] = read_text(folder / TEMPLATE)
     return settings
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """What a file says. Raises `DataError` where it cannot be read, or is no UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise DataError(f"{path}: the tokenizer cannot be read: {error.strerror}") from error
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not UTF-8: {error}") from error

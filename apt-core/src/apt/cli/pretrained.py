@@ -87,6 +87,9 @@ HELP = "/clear forgets the conversation, /exit ends it (so does Ctrl-D); Ctrl-C 
 
 
 def _chat(arguments: argparse.Namespace) -> int:
+    from apt.builtin.pretrained import read_text
+
+    template = None if arguments.template is None else read_text(arguments.template)
     run = load_in_place(arguments, prepared=True, compiled=arguments.compile)
     from apt.inference.chat import Chat
     from apt.inference.sampling import Sampling
@@ -95,7 +98,7 @@ def _chat(arguments: argparse.Namespace) -> int:
         run.model,
         run.tokenizer,
         system=arguments.system,
-        template=None if arguments.template is None else arguments.template.read_text(encoding="utf-8"),
+        template=template,
         max_new_tokens=arguments.max_new_tokens,
         sampling=Sampling(arguments.temperature, arguments.top_k, arguments.top_p),
         seed=arguments.seed,

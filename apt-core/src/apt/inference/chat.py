@@ -18,7 +18,7 @@ from apt.core.special import SpecialIds
 from apt.errors import UserError
 from apt.hookspecs import RunState
 from apt.inference.context import Context
-from apt.inference.generate import NOWHERE, USUAL, Row, check_text, draw, inference
+from apt.inference.generate import NOWHERE, USUAL, Row, check_numbers, check_text, draw, inference
 from apt.inference.sampling import Sampling
 from apt.inference.stream import TextStream
 from apt.modeling.encoder_decoder import EncoderDecoder
@@ -86,13 +86,7 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], template: str | No
     words = {key: _word(value) for key, value in settings.items() if key.endswith("_token")}
     try:
         return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **words)
-    except (
-        TemplateError,
-        ArithmeticError,
-        LookupError,
-        TypeError,
-        ValueError,
-    ) as error:  # it is code, and may err like any
+    except Exception as error:  # it is code, and may err like any
         raise UserError(f"the chat template refuses this conversation: {error}") from error
 
 
@@ -102,7 +96,7 @@ class Chat:
     `say` yields the reply in pieces, as they come; the turn is part of the conversation even where the reader stops early. Turns
     that the context has no room for are left out from the start, the system's excepted; `left_out` counts them.
 
-    Raises `UserError` for an encoder-decoder, and for a template that is missing or fails.
+    Raises `UserError` for an encoder-decoder, for a template that is missing or fails, and for numbers out of range.
     """
 
     def __init__(
@@ -124,6 +118,7 @@ class Chat:
                 "chat is for decoders, and this model is an encoder-decoder, which writes one target for a source; "
                 "use apt-core generate"
             )
+        check_numbers(max_new_tokens, seed)
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self.max_new_tokens, self.sampling, self.special, self.state = max_new_tokens, sampling, special, state

@@ -106,10 +106,7 @@ def _generate(
     state: RunState,
     show: Callable[[str], None] | None,
 ) -> list[Generation]:
-    if max_new_tokens < 0:
-        raise UserError(f"max_new_tokens: {max_new_tokens} is not allowed; 0 or more")
-    if not 0 <= seed < 2**63:
-        raise UserError(f"seed: {seed} is not allowed; from 0 to 2**63 - 1")
+    check_numbers(max_new_tokens, seed)
     if not prompts:
         return []
     hooks = HookRunner() if hooks is None else hooks
@@ -142,6 +139,14 @@ def _generate(
         left_out = max(0, len(row.read) - model.max_seq_len)
         results.append(Generation(text, tuple(row.written), tuple(event.sources), left_out))
     return results
+
+
+def check_numbers(max_new_tokens: int, seed: int) -> None:
+    """Raise `UserError` for numbers out of range."""
+    if max_new_tokens < 0:
+        raise UserError(f"max_new_tokens: {max_new_tokens} is not allowed; 0 or more")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed: {seed} is not allowed; from 0 to 2**63 - 1")
 
 
 def check_text(text: str) -> str:
