@@ -60,6 +60,14 @@ def test_the_head_of_a_tied_model_is_not_written_and_is_tied_again(corpus: Path,
     again = loaded(import_model("hf", tmp_path / "hf", tmp_path / "again"))
     assert again.model.head.weight is again.model.embedding.weight
     assert torch.equal(logits(again), logits(loaded(run)))
+    apart = loaded(import_model("hf", tmp_path / "hf", tmp_path / "apart", sets=["model.tie_embeddings=false"]))
+    assert apart.model.head.weight is not apart.model.embedding.weight
+    assert torch.equal(logits(apart), logits(again))
+
+
+def test_a_model_with_a_head_of_its_own_is_not_tied_in_silence(exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has a head of its own, which model\.tie_embeddings: true has no place for"):
+        import_model("hf", exported, tmp_path / "run", sets=["model.tie_embeddings=true"])
 
 
 @pytest.mark.parametrize("bias", ["qkv", "all"])
@@ -263,6 +271,9 @@ def test_tensors_of_other_sizes_and_another_tokenizer_are_told_as_faults_of_the_
 ) -> None:
     folder = copy(exported, tmp_path / "narrow", intermediate_size=30)
     with pytest.raises(UserError, match=r"ffn\.up\.weight is \[48, 16\] in its tensors, and \[60, 16\] by its config"):
+        import_model("hf", folder, tmp_path / "a")
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"chat_template\.jinja: is not UTF-8"):
         import_model("hf", folder, tmp_path / "a")
     for given, kind in (("[]", "list"), ('"x"', "str")):
         (folder / "tokenizer_config.json").write_text(given)

@@ -56,6 +56,10 @@ def import_model(
             return source.get(name)
 
         weights = from_theirs(source.shape, get)  # type: ignore[arg-type]
+        if profile.config.tie_embeddings and not source.shape.tied:
+            raise UserError(f"{path}: has a head of its own, which model.tie_embeddings: true has no place for")
+        if source.shape.tied and not profile.config.tie_embeddings:
+            weights["head.weight"] = weights["embedding.weight"]
         left = sorted(name for name in source.names - used if not name.endswith(SKIPPED) and not _tied(source, name))
         if left:
             raise UserError(f"{path}: has tensors that this model has no place for: {', '.join(left[:8])}")
