@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from apt.builtin.pretrained import Pretrained
 from apt.builtin.tokenizer import BPE, Bytes, ByteTokenizer
 from apt.core.providers import Tokenizer
 from apt.errors import DataError
@@ -73,3 +74,18 @@ def test_a_tokenizer_that_was_lost_is_missed(tmp_path: Path) -> None:
     pytest.importorskip("tokenizers")
     with pytest.raises(DataError, match="the run's tokenizer is missing"):
         BPE().load(tmp_path)
+
+
+def test_a_pretrained_tokenizer_of_any_model_of_the_library_is_counted_and_a_damaged_file_is_named(
+    tmp_path: Path,
+) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    trained = tokenizers.Tokenizer(tokenizers.models.Unigram([("<unk>", 0.0), ("a", -1.0), ("b", -2.0)], unk_id=0))
+    trained.add_special_tokens(["<s>", "</s>"])
+    path = tmp_path / "tokenizer.json"
+    trained.save(str(path))
+    assert Pretrained(path=str(path)).get_vocab_size() == 5
+    for content in ("{", "[]", '{"model": 3}'):
+        path.write_text(content)
+        with pytest.raises(DataError, match=r"tokenizer\.json: is no file of the tokenizers library"):
+            Pretrained(path=str(path)).get_vocab_size()

@@ -51,9 +51,7 @@ class Pretrained(TokenizerProvider):
         """What was stated, or the highest id of the file and one."""
         if self.vocab_size is not None:
             return self.vocab_size
-        content = json.loads(read_text(self._path()))
-        ids = [*content["model"]["vocab"].values(), *(each["id"] for each in content.get("added_tokens", ()))]
-        return max(ids) + 1
+        return self._read(self._path()).vocab_size
 
     def starts_with_bos(self) -> bool:
         """As the model was trained."""
@@ -85,7 +83,7 @@ class PretrainedTokenizer:
 
     def __init__(self, trained: Trained, settings: Mapping[str, object]) -> None:
         self._trained, self.settings = trained, dict(settings)
-        self.vocab_size = max(trained.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(trained.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @property
     def chat_template(self) -> str | None:
