@@ -77,13 +77,17 @@ def write_gguf(run: LoadedRun, path: Path, *, half: bool = False, family: str = 
         writer.add_key_value(f"{family}.{key}", value, kind)
     content = json.loads((run.folder / "tokenizer.json").read_text())
     vocabulary = sorted(content["model"]["vocab"], key=content["model"]["vocab"].get)
-    writer.add_tokenizer_model("gpt2")
+    pieces = bool(changes.get("pieces", False))
+    writer.add_tokenizer_model("llama" if pieces else "gpt2")
     writer.add_tokenizer_pre(str(changes.get("words", "gpt-2")))
     writer.add_token_list(vocabulary)
     writer.add_token_types([3 if index < 3 else 1 for index in range(len(vocabulary))])
     writer.add_token_merges([" ".join(pair) for pair in content["model"]["merges"]])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
+    if pieces:  # without the ids that are usual for them
+        writer.add_token_scores([0.0] * len(vocabulary))
+    else:
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
     if changes.get("add_bos", True) is not None:
         writer.add_add_bos_token(bool(changes.get("add_bos", True)))
     writer.add_chat_template(TEMPLATE)
@@ -170,6 +174,12 @@ def test_a_text_of_llama_3_starts_with_bos_where_the_file_does_not_say(trained: 
     for words, start in (("llama-bpe", 1), ("gpt-2", None)):
         path = write_gguf(loaded(trained), tmp_path / f"{words}.gguf", words=words, add_bos=None)
         assert loaded(import_model("gguf", path, tmp_path / words)).special.start == start
+
+
+def test_the_special_ids_of_pieces_are_llama_cpps_where_the_file_does_not_say(trained: Path, tmp_path: Path) -> None:
+    path = write_gguf(loaded(trained), tmp_path / "tiny.gguf", add_bos=None, pieces=True)
+    run = loaded(import_model("gguf", path, tmp_path / "run"))
+    assert (run.special.start, run.special.stop) == (1, frozenset((1, 2)))
 
 
 def test_a_rule_for_words_that_is_not_known_is_refused(trained: Path, tmp_path: Path) -> None:

@@ -45,6 +45,12 @@ _SCALING = {
     "yarn_beta_slow": "beta_slow",
 }
 """GGUF's words for scaled positions, and those of config.json."""
+_USUAL = {
+    "tokenizer.ggml.bos_token_id": 1,
+    "tokenizer.ggml.eos_token_id": 2,
+    "tokenizer.ggml.unknown_token_id": 0,
+}
+"""The ids that llama.cpp takes for SentencePiece's special tokens where a file does not say."""
 CONTROL = 3
 """A token's type in GGUF: it is no text."""
 
@@ -60,6 +66,8 @@ def open_gguf(path: Path) -> Source:
     with _reading(path):
         reader = GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
+        if fields.get("tokenizer.ggml.model") == "llama":
+            fields = {**_USUAL, **fields}
         tensors = {_rename(tensor.name): tensor for tensor in reader.tensors}
         shape = _shape(fields, str(path), tensors)
         tokenizer, add_bos = _tokenizer(fields, path)
