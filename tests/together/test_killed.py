@@ -21,7 +21,7 @@ from rich.console import Console
 
 from apt.core.config import APTConfig
 from apt.errors import CheckpointError
-from apt.training import snapshot
+from apt.training import durable, snapshot
 from apt.training.checkpoint import list_checkpoints, load_run, verify
 from apt.training.trainer import Trainer
 
@@ -61,7 +61,8 @@ def train_and_die(config: APTConfig, out: Path, fatal: int) -> None:
     for module, name in (
         (snapshot, "write_whole"),
         (snapshot, "point"),
-        (snapshot, "_flush"),
+        (snapshot, "flush"),
+        (durable, "flush"),
         (snapshot.shutil, "rmtree"),
         (Path, "write_bytes"),
         (Path, "write_text"),

@@ -290,6 +290,27 @@ def test_a_branch_that_was_killed_while_its_folder_was_written_does_not_begin_an
         assert during != "make_lock"
 
 
+def test_the_profile_that_goes_on_with_a_run_outlives_a_kill_while_it_is_written(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (run / "resolved.yaml").read_bytes()
+    write, write_text = Path.write_bytes, Path.write_text
+
+    def half(path: Path, content: str | bytes, **how: str) -> int:
+        if "resolved.yaml" not in path.name:
+            return write_text(path, content, **how) if isinstance(content, str) else write(path, content)
+        write(path, before[:100])
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", half)
+        patched.setattr(Path, "write_text", half)
+        with pytest.raises(Killed):
+            train(run / "resolved.yaml", run, "training.max_epochs=3")
+    assert (run / "resolved.yaml").read_bytes() == before
+    assert train(run / "resolved.yaml", run, "training.max_epochs=3").state.step == 12
+
+
 @pytest.mark.parametrize(("parallel", "said"), [("none", "ddp"), ("fsdp", "fsdp")])
 def test_experts_are_not_shared_out_within_one_process(
     profile_file: Path, tmp_path: Path, parallel: str, said: str

@@ -23,6 +23,7 @@ from apt.core.lock import make_lock
 from apt.core.registry import Resolution
 from apt.core.resolve import Resolved
 from apt.data.prepare import Prepared
+from apt.training.durable import write_at_once
 from apt.training.loggers import Loggers
 
 METRICS, RECORD, CARD, PLOT = "metrics.jsonl", "record.json", "README.md", "loss.png"
@@ -146,7 +147,7 @@ def write_record(
     }
     # First and at once, since it alone names the parent: without it a run that was killed here would begin anew.
     _write(folder / RECORD, record)
-    (folder / LOCK).write_text(json.dumps(make_lock(resolved).to_dict(), indent=1) + "\n")
+    _write(folder / LOCK, make_lock(resolved).to_dict())
     pinned = sorted((f"{name}=={version}" for name, version in versions.items()), key=str.lower)
     (folder / ENVIRONMENT).write_text("\n".join(pinned) + "\n")
     place = folder / GIVEN
@@ -194,9 +195,7 @@ def _now() -> str:
 
 
 def _write(path: Path, record: Mapping[str, object]) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(path)
+    write_at_once(path, json.dumps(record, indent=1) + "\n")
 
 
 def provider_lines(resolutions: Iterable[Resolution], separator: str = "  ") -> list[str]:

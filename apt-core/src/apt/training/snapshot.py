@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +41,7 @@ from apt.training.checkpoint import (
     WEIGHTS,
     digest_of,
 )
+from apt.training.durable import flush, write_at_once
 from apt.training.randoms import RandomState, name_tensors
 from apt.training.ranks import ALONE, Ranks
 from apt.training.tensors import (
@@ -170,17 +170,17 @@ def write_snapshot(run: Path, snapshot: Snapshot, ranks: Ranks = ALONE) -> Path:
         mine = sorted(path for path in temporary.rglob("*") if path.is_file() and _writer(path) == ranks.rank)
         digests = {path.relative_to(temporary).as_posix(): digest_of(path) for path in mine}
         for path in mine:
-            _flush(path)
+            flush(path)
         return digests
 
     def finish() -> None:
         if ranks.is_main:
             (temporary / MANIFEST).write_text(json.dumps(dict(sorted(digests.items())), indent=1))
-            _flush(temporary / MANIFEST)
+            flush(temporary / MANIFEST)
             for inner in (*(path for path in temporary.rglob("*") if path.is_dir()), temporary):
-                _flush(inner)
+                flush(inner)
             temporary.rename(folder)
-            _flush(run)
+            flush(run)
             point(run, LATEST, folder)
             for old in taken:
                 remove(old)
@@ -251,17 +251,13 @@ def remove(folder: Path) -> None:
     hidden = folder.with_name(f".{folder.name}{REMOVED}")
     shutil.rmtree(hidden, ignore_errors=True)
     folder.rename(hidden)
-    _flush(folder.parent)
+    flush(folder.parent)
     shutil.rmtree(hidden)
 
 
 def point(run: Path, pointer: str, folder: Path) -> None:
     """Let the file `pointer` of a run name one of its checkpoints, at once or not at all."""
-    temporary = run / f".{pointer}.part"
-    temporary.write_text(folder.name + "\n")
-    _flush(temporary)
-    temporary.replace(run / pointer)
-    _flush(run)
+    write_at_once(run / pointer, folder.name + "\n")
 
 
 def _split(hooks: Mapping[str, Mapping[str, object]]) -> tuple[dict[str, dict[str, object]], dict[str, Tensor]]:
@@ -281,11 +277,3 @@ def _split(hooks: Mapping[str, Mapping[str, object]]) -> tuple[dict[str, dict[st
             what = f"plugin {plugin!r}: apt_checkpoint_save returned what is neither JSON nor a tensor: {error}"
             raise PluginError(what) from error
     return plain, tensors
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -44,6 +44,7 @@ from apt.training.checkpoint import (
     restore_random,
     verify,
 )
+from apt.training.durable import write_at_once
 from apt.training.evaluate import Score, score, untouched
 from apt.training.guard import explain_memory
 from apt.training.holding import hold
@@ -231,9 +232,9 @@ class Trainer:
             )
         else:
             record_resume(self.out, self.resolved, self.state.step)
-        (self.out / PROFILE).write_text(dump_resolved(self.config, self.resolved), encoding="utf-8")
         for name, code in local_code(self.resolved).items():
-            (self.out / name).write_bytes(code)
+            write_at_once(self.out / name, code)
+        write_at_once(self.out / PROFILE, dump_resolved(self.config, self.resolved))
         loggers = Loggers(self.resolved.loggers, self.out, to_profile(self.config), resumed_at, self._warn)
         return Metrics(self.out, self.taken.metrics, loggers)
 
