@@ -96,6 +96,7 @@ def train(
     times: int = 1,
     damages: Path | None = None,
     kind: type[Poison] = Poison,
+    console: Console | None = None,
     **how: Any,
 ) -> RunResult:
     registry = Registry(discover)
@@ -104,7 +105,8 @@ def train(
     registry.register("plugin", "poison", type("PoisonHere", (kind,), here))
     words = ["plugins=[poison]", "training.on_nonfinite=rewind", "training.keep_last=9", *sets]
     loaded = load_profile(profile, sets=words, registry=registry)
-    return Trainer(loaded.config, out, resolved=loaded.resolved, console=Console(file=io.StringIO()), **how).fit()
+    console = Console(file=io.StringIO()) if console is None else console
+    return Trainer(loaded.config, out, resolved=loaded.resolved, console=console, **how).fit()
 
 
 def told(out: Path, event: str) -> list[int]:
@@ -242,6 +244,50 @@ def test_the_best_is_pointed_to_though_the_run_was_killed_just_before(
     train(profile_file, out, *sets, resume="auto")
     assert (out / "best").read_text().strip() == "step-000004"
     assert [each.name for each in list_checkpoints(out)] == ["step-000004", "step-000008"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xf3tep-000004\n", b"step-000003\n", None])
+def test_the_best_outlasts_its_pointer(
+    profile_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None
+) -> None:
+    scores = iter([3.0, 2.0, 2.5, 2.4, 2.3, 2.2])
+    monkeypatch.setattr(between, "evaluate", lambda *given, **named: (Score(next(scores), 1.0, 1), {}))
+    out, output = tmp_path / "run", io.StringIO()
+    sets = ["training.keep_best=true", "training.keep_last=1", "training.save_every=3", "evaluation.eval_every=2"]
+    train(profile_file, out, *sets)
+    if content is None:
+        (out / "best").unlink()
+    else:
+        (out / "best").write_bytes(content)
+    console = Console(file=output, width=1000)
+    train(profile_file, out, *sets, "training.max_epochs=3", resume="auto", console=console)
+    assert [each.name for each in list_checkpoints(out)] == ["step-000004", "step-000012"]
+    assert (out / "best").read_text() == "step-000004\n"
+    assert ("the best checkpoint so far is step-000004" in output.getvalue()) == (content is not None)
+
+
+class Stopped(Poison):
+    """Is asked to stop in the step that is poisoned."""
+
+    @hookimpl
+    def apt_step_start(self, state: RunState) -> None:
+        if state.step == self.at:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_the_best_is_still_pointed_to_where_its_step_is_saved_once_more(
+    profile_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(between, "evaluate", lambda *given, **named: (Score(2.0, 1.0, 1), {}))
+    out, sets = tmp_path / "run", ["training.keep_best=true", "evaluation.eval_every=4"]
+    train(profile_file, out, *sets, "training.max_steps=4")
+    assert (out / "best").read_text() == "step-000004\n"
+    again = train(profile_file, out, *sets, at=4, kind=Stopped, resume="auto")
+    assert (again.interrupted, again.state.step) == (True, 4)
+    assert [each.name for each in list_checkpoints(out)] == ["step-000004.2"]
+    assert (out / "best").read_text() == "step-000004.2\n"
+    train(profile_file, out, *sets, "training.keep_last=1", resume="auto")
+    assert [each.name for each in list_checkpoints(out)] == ["step-000004.2", "step-000008"]
 
 
 def test_old_checkpoints_go_and_folders_of_others_stay(profile_file: Path, tmp_path: Path) -> None:

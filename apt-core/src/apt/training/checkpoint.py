@@ -117,10 +117,10 @@ def _follow(pointer: Path) -> Path:
 
 
 def read_pointer(pointer: Path) -> str:
-    """The name that a pointer of a run holds; nothing where it is not text."""
+    """The name that a pointer of a run holds; nothing where it is not there or not text."""
     try:
         return pointer.read_text(encoding="utf-8").strip()
-    except ValueError:
+    except (FileNotFoundError, ValueError):
         return ""
 
 

@@ -57,7 +57,7 @@ class Saver:
             return
         if is_best:
             point(self.run, BEST, folder)
-        named = {read_pointer(self.run / name) for name in (LATEST, BEST) if (self.run / name).is_file()}
+        named = {read_pointer(self.run / name) for name in (LATEST, BEST)}
         ordered = list_checkpoints(self.run)
         done = ordered[: ordered.index(folder) + 1]
         for old in done[: -self.keep_last]:

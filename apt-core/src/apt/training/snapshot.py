@@ -30,6 +30,7 @@ from apt.errors import CheckpointError, PluginError
 from apt.hookspecs import RunState
 from apt.layers.sharded import local
 from apt.training.checkpoint import (
+    BEST,
     EXTRA,
     FORMAT,
     HOOKS,
@@ -40,6 +41,7 @@ from apt.training.checkpoint import (
     STATE,
     WEIGHTS,
     digest_of,
+    read_pointer,
 )
 from apt.training.durable import flush, write_at_once
 from apt.training.randoms import RandomState, name_tensors
@@ -143,7 +145,7 @@ def write_snapshot(run: Path, snapshot: Snapshot, ranks: Ranks = ALONE) -> Path:
     """Write ``step-NNNNNN`` below `run`, whole or not at all, and point `latest` to it.
 
     Where there is one already, as in a run that went back, the new one has a name of its own (``step-NNNNNN.2``) until
-    the end, and the old one is removed when `latest` points to the new one.
+    the end, and the old one is removed when `latest` points to the new one, and `best` where it named the old one.
 
     Where the snapshot has parts, all `ranks` call it, on one file system. Raises `CheckpointError`, on all of them, where the
     disk has no room or refuses; what was saved before is untouched then.
@@ -183,6 +185,8 @@ def write_snapshot(run: Path, snapshot: Snapshot, ranks: Ranks = ALONE) -> Path:
             flush(run)
             point(run, LATEST, folder)
             for old in taken:
+                if old.name == read_pointer(run / BEST):  # it holds the same step of the same course
+                    point(run, BEST, folder)
                 remove(old)
 
     stages = _Stages(folder, temporary, ranks)

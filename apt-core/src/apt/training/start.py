@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 from torch import nn
@@ -114,22 +115,23 @@ class Start:
         """Whether nothing is said otherwise of what the model is made of; only a branch may."""
         return not (self.is_branch and any(each.startswith(("model", "plugins")) for each in self.changes))
 
-    @property
-    def has_best(self) -> bool:
-        """Whether the best checkpoint so far, of the course that a run goes on with, is still in its folder."""
-        if self._own is None:
-            return False
-        if self._is_best:
-            return True
-        run, best = self._own.resolve().parent, None
-        if (run / BEST).is_file():
-            best = read_step(run / read_pointer(run / BEST))
-        return best is not None and best <= step_of(self._own)
+    @cached_property
+    def best(self) -> Path | None:
+        """The best checkpoint so far of the course that a run goes on with, where it is known and still in its folder.
 
-    @property
-    def _is_best(self) -> bool:
-        """Whether a run goes on with the best checkpoint so far; a kill may have come before the pointer said so."""
-        return self._own is not None and bool(read_saved(self._own)["progress"].get("is_best"))
+        It is the one that `best` names. That may be damaged, or lie behind: a kill may have come before it was written, or
+        another course have had a better one. Then it is the one that says so itself, of the loss that the run is held against.
+        """
+        if self._own is None:
+            return None
+        own = self._own.resolve()
+        named, loss = read_pointer(own.parent / BEST), _best_loss(own)[0]
+        course = [each for each in list_checkpoints(own.parent) if step_of(each) <= step_of(own)]
+
+        def told(each: Path) -> tuple[bool, bool]:
+            return _best_loss(each) == (loss, True), each.name == named
+
+        return max((each for each in course if any(told(each))), key=told, default=None)
 
     @property
     def _own(self) -> Path | None:
@@ -166,28 +168,37 @@ class Start:
         clear_unfinished(out)
         if self._own is None:
             return []
-        folder = self._own.resolve()
+        folder, best, pointer = self._own.resolve(), self.best, out / BEST
         point(out, LATEST, folder)
-        if self._is_best:
-            point(out, BEST, folder)
         told = []
-        best = out / BEST
-        if best.is_file() and (fault := pointer_fault(best)):
-            told.append(f"{best}: {fault}; the best checkpoint is chosen anew, from the next that is saved")
+        if pointer.is_file() and (fault := pointer_fault(pointer)):
+            known = "is chosen anew, from the next that is saved" if best is None else f"so far is {best.name}"
+            told.append(f"{pointer}: {fault}; the best checkpoint {known}")
         step = int(read_saved(folder)["step"])
         later = [each for each in (*list_checkpoints(out), *list_damaged(out)) if step_of(each) > step]
-        if not later:
-            return told
-        aside = next(each for each in map(out.joinpath, _names_aside()) if not each.exists())
-        aside.mkdir()
-        if best.is_file() and read_pointer(best) in {each.name for each in later}:
-            best.rename(aside / BEST)
-        if (out / METRICS).is_file():
-            shutil.copyfile(out / METRICS, aside / METRICS)
-        for each in later:
-            each.rename(aside / each.name)
-        names = ", ".join(each.name for each in later)
-        return [*told, f"the later checkpoints of this run are set aside, with its metrics, in {aside}: {names}"]
+        if later:
+            aside = next(each for each in map(out.joinpath, _names_aside()) if not each.exists())
+            aside.mkdir()
+            if read_pointer(pointer) in {each.name for each in later}:
+                pointer.rename(aside / BEST)
+            if (out / METRICS).is_file():
+                shutil.copyfile(out / METRICS, aside / METRICS)
+            for each in later:
+                each.rename(aside / each.name)
+            names = ", ".join(each.name for each in later)
+            told.append(f"the later checkpoints of this run are set aside, with its metrics, in {aside}: {names}")
+        if best is not None:
+            point(out, BEST, best)
+        return told
+
+
+def _best_loss(folder: Path) -> tuple[float | None, bool]:
+    """The lowest held-out loss that a checkpoint knows of, and whether it is its own."""
+    try:
+        progress = read_saved(folder)["progress"]
+    except CheckpointError:
+        return None, False
+    return progress.get("best"), bool(progress.get("is_best"))
 
 
 def _names_aside() -> Iterator[str]:

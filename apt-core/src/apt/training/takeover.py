@@ -73,7 +73,7 @@ def take_over(
         return Taken(
             left_out=progress["left_out"],
             metrics=progress.get("metrics", sys.maxsize),
-            best=progress["best"] if start.has_best else None,
+            best=progress["best"] if start.best is not None else None,
             calibration=progress.get("calibration"),
             journal=progress,
         )
