@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 from rich.console import Console
@@ -163,6 +165,36 @@ def test_two_writers_make_a_thing_once(tmp_path: Path) -> None:
     assert len(made) == 1
     assert facts == [{"by": made[0]}] * 2
     assert said == [f"waiting for another process that makes things in {tmp_path}"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError()])
+def test_where_there_are_no_locks_two_writers_make_a_thing_each_in_its_own_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    said: list[str] = []
+    cache, places = Cache(tmp_path, said.append), []
+
+    def make(folder: Path) -> dict[str, object]:
+        places.append(folder)
+        (folder / "thing").write_text("half")
+        if len(places) == 1:
+            cache.get("things", {"a": 1}, make)
+        (folder / "thing").write_text("whole")
+        return {}
+
+    entry = cache.get("things", {"a": 1}, make)
+    assert (entry.folder / "thing").read_text() == "whole"
+    assert len({*places}) == 2
+    assert [path.name for path in (tmp_path / "things").iterdir() if path.suffix == ".part"] == []
+    assert (
+        said
+        == [f"{tmp_path}: this file system has no locks; another process that makes the same things does so too"] * 2
+    )
+    assert cache.get("things", {"a": 1}, make).folder == entry.folder
 
 
 def test_the_folder_is_the_profiles_then_the_environments_then_the_platforms(

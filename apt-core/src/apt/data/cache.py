@@ -8,7 +8,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ VARIABLE = "APT_CACHE_DIR"
 _OF_THE_DISK = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
 )
+
+_WITHOUT_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
 
 
 @dataclass(frozen=True)
@@ -45,30 +48,44 @@ class Cache:
 
         Raises `DataError` where the folder cannot be written.
         """
-        import filelock
-
         folder = self.root / kind / digest_of(key)
         if (entry := self._read(folder)) is not None:
             return entry
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(folder.with_suffix(".lock"))
-            try:
-                lock.acquire(timeout=0)
-            except filelock.Timeout:
-                self.note(f"waiting for another process that makes {kind} in {self.root}")
-                lock.acquire()
-            try:
+            with self._place(kind, folder) as part:
                 # Another process may just have made it; damage was told above.
-                return self._read(folder, tell=False) or self._make(folder, key, make)
-            finally:
-                lock.release()
+                return self._read(folder, tell=False) or self._make(folder, part, key, make)
         except OSError as error:
             if error.errno not in _OF_THE_DISK:  # what `make` reads from may fail in its own ways
                 raise
             raise DataError(
                 f"data.cache: {self.root}: cannot be written: {error.strerror}; name another folder in data.cache or {VARIABLE}"
             ) from error
+
+    @contextlib.contextmanager
+    def _place(self, kind: str, folder: Path) -> Iterator[Path]:
+        """Where to make an entry, while no other process makes it; without locks that cannot be known, and each has its own."""
+        import filelock
+
+        lock = filelock.FileLock(folder.with_suffix(".lock"))
+        part = folder.with_suffix(".part")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            self.note(f"waiting for another process that makes {kind} in {self.root}")
+            lock.acquire()
+        except (OSError, NotImplementedError) as error:
+            if not has_no_locks(error):
+                raise
+            self.note(
+                f"{self.root}: this file system has no locks; another process that makes the same {kind} does so too"
+            )
+            part = folder.with_suffix(f".{uuid.uuid4().hex}.part")
+        try:
+            yield part
+        finally:
+            lock.release()
 
     def _read(self, folder: Path, *, tell: bool = True) -> Entry | None:
         if not folder.is_dir():
@@ -86,8 +103,9 @@ class Cache:
             self.note(f"{folder} is damaged ({', '.join(wrong)}) and is made anew")
         return None
 
-    def _make(self, folder: Path, key: Mapping[str, object], make: Callable[[Path], Mapping[str, object]]) -> Entry:
-        part = folder.with_suffix(".part")
+    def _make(
+        self, folder: Path, part: Path, key: Mapping[str, object], make: Callable[[Path], Mapping[str, object]]
+    ) -> Entry:
         shutil.rmtree(part, ignore_errors=True)
         try:
             part.mkdir()
@@ -95,12 +113,19 @@ class Cache:
             files = {path.name: file_digest(path) for path in sorted(part.iterdir())}
             manifest = {"key": dict(key), "facts": facts, "files": files}
             (part / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            # Without locks another process may have been quicker, and read by now what it has made.
+            if (entry := self._read(folder, tell=False)) is not None:
+                return entry
             shutil.rmtree(folder, ignore_errors=True)
             part.rename(folder)
-        except BaseException:
+        finally:
             shutil.rmtree(part, ignore_errors=True)
-            raise
         return Entry(folder, facts)
+
+
+def has_no_locks(error: Exception) -> bool:
+    """Whether a lock was refused since the file system, or the platform, has none."""
+    return isinstance(error, NotImplementedError) or getattr(error, "errno", None) in _WITHOUT_LOCKS
 
 
 def digest_of(key: Mapping[str, object]) -> str:

@@ -6,18 +6,17 @@ Who only reads a run, such as `generate` or a branch of it, asks for nothing.
 from __future__ import annotations
 
 import contextlib
-import errno
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import filelock
 
+from apt.data.cache import has_no_locks
 from apt.errors import UserError
 from apt.training.ranks import Ranks
 
 HELD = ".held"
 """The file that is locked while a process trains there. One that is left over, or copied with the folder, says nothing."""
-_WITHOUT_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
 
 
 def is_empty(run: Path) -> bool:
@@ -52,7 +51,7 @@ def _take(run: Path, held: contextlib.ExitStack, warn: Callable[[str], None]) ->
     except filelock.Timeout:
         return f"{run}: another process trains there; wait for its end, or give another --out"
     except (OSError, NotImplementedError) as error:
-        if isinstance(error, OSError) and error.errno not in _WITHOUT_LOCKS:
+        if not has_no_locks(error):
             raise
         warn(
             f"{run}: this file system has no locks; nothing keeps another process from training there at the same time"
