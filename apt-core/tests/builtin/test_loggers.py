@@ -79,6 +79,18 @@ def test_tensorboard_forgets_where_a_run_goes_back(tmp_path: Path) -> None:
     assert seen.Tensors("profile/text_summary")
 
 
+def test_tensorboard_forgets_a_run_that_was_killed_before_it_had_saved_anything(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for loss in (2.5, 2.25):
+        logger = TensorBoard().open(tmp_path, PROFILE, None)
+        logger.log({**EVENTS[0], "loss": loss})
+        logger.close()
+    seen = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(each.step, each.value) for each in seen.Scalars("train/loss")] == [(1, 2.25)]
+
+
 def test_wandb_keeps_a_run_offline_and_goes_on_with_the_same(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     tell(WandB(mode="offline", project="ours"), tmp_path)

@@ -30,15 +30,15 @@ class TensorBoard(LoggerProvider):
         return ["tensorboard>=2.16"]
 
     def open(self, folder: Path, profile: Mapping[str, object], resumed_at: int | None) -> Logger:
-        """Begin a file."""
-        logger = _TensorBoard(folder / "tensorboard", resumed_at)
+        """Begin a file. What a run that begins anew finds there is of one that was killed before it had saved anything."""
+        logger = _TensorBoard(folder / "tensorboard", -1 if resumed_at is None else resumed_at)
         if resumed_at is None:
             logger.writer.add_text("profile", f"```json\n{json.dumps(profile, indent=1)}\n```", 0)
         return logger
 
 
 class _TensorBoard:
-    def __init__(self, folder: Path, after: int | None) -> None:
+    def __init__(self, folder: Path, after: int) -> None:
         self.folder, self.writer = folder, _begin_file(folder, after)
 
     def go_back(self, step: int) -> None:
@@ -56,11 +56,11 @@ class _TensorBoard:
         self.writer.close()
 
 
-def _begin_file(folder: Path, after: int | None) -> SummaryWriter:
+def _begin_file(folder: Path, after: int) -> SummaryWriter:
     """A new file; TensorBoard itself forgets what earlier ones say of steps `after` this one."""
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder), purge_step=None if after is None else after + 1)
+    return SummaryWriter(str(folder), purge_step=after + 1)
 
 
 class WandB(LoggerProvider):
