@@ -263,6 +263,21 @@ def test_what_a_plugin_gives_that_nobody_can_take_is_told_in_words(
         train(profile_file, tmp_path / "run", f"plugins=[{{clashes: {{gives: {gives}}}}}]", "model.ffn.provider=loud")
 
 
+class ClashesToo(Clashes):
+    """Gives the same."""
+
+
+@pytest.mark.parametrize("hook", ["apt_step_end", "apt_evaluation_end"])
+def test_two_plugins_may_not_give_two_metrics_of_one_name(hook: str) -> None:
+    gives = {"apt_step_end": "a rate", "apt_evaluation_end": "a score"}[hook]
+    hooks = HookRunner({"one": Clashes(gives=gives), "other": ClashesToo(gives=gives)})
+    state = RunState(3, 0, 8, 2, ("one", "other"))
+    with pytest.raises(
+        PluginError, match=r"are called '.*', that of plugin 'one' \(.*\) and that of plugin 'other' \("
+    ):
+        getattr(hooks.hook, hook)(state=state, model=None, metrics={})
+
+
 @pytest.mark.parametrize("what", ["loss", "metric"])
 def test_attention_and_ffn_may_not_give_two_of_one_name(what: str) -> None:
     def add(module: torch.nn.Module, given: object, out: torch.Tensor) -> Part:

@@ -142,6 +142,14 @@ def check_hook(origin: str, hook: str, bound: Callable[..., object], options: Ma
         raise PluginError(f"{origin}: {hook} {what}; a wrapper is marked @hookimpl(wrapper=True) and yields once")
 
 
+def two_metrics(name: object, one: str, other: str) -> PluginError:
+    """Of two metrics of one name: what one says would be lost."""
+    both = f"that of {one} and that of {other}"
+    return PluginError(
+        f"two metrics of one event are called {name!r}, {both}; give what a part or plugin adds a name of its own"
+    )
+
+
 @functools.cache
 def _compiled(hook: str, arguments: str, body: str) -> CodeType:
     """The definition of a function; there are few, and compiling costs more than all the rest of a guard."""
@@ -187,16 +195,18 @@ class _Guard:
             arguments = dict(zip(self.given, values, strict=True))
             if self._is_off(arguments):
                 return None
+            metrics = arguments.get("metrics")
+            if isinstance(metrics, dict):  # each plugin fills one of its own, so that it is known whose a metric is
+                arguments["metrics"] = {}
             with self._watched(arguments):
-                known = self._metrics(arguments)
                 result = self.bound(*(arguments[name] for name in self.wanted))
-                changed = (name for name, value in self._metrics(arguments).items() if known.get(name) is not value)
-                self.gave.update(dict.fromkeys(changed, self.origin))
                 if self.hook == "apt_loss_extra" and result is not None:
                     if not isinstance(result, Mapping):
                         raise TypeError(f"returned a {type(result).__name__}, not losses by name")
-                    return Losses(result, self.origin)
-                return result
+                    result = Losses(result, self.origin)
+            if isinstance(metrics, dict):
+                self._add(metrics, arguments["metrics"])
+            return result
 
         return self._named(call, "return run({})")
 
@@ -228,10 +238,13 @@ class _Guard:
 
         return self._named(around, "return (yield from run({}))")
 
-    def _metrics(self, arguments: Mapping[str, object]) -> dict[object, object]:
-        """The metrics that the hook may add to, as they stand."""
-        metrics = arguments.get("metrics")
-        return dict(metrics) if isinstance(metrics, Mapping) else {}
+    def _add(self, metrics: dict[object, object], own: object) -> None:
+        """Add the plugin's own metrics to those of the others."""
+        assert isinstance(own, dict)
+        for name, value in own.items():
+            if name in metrics:
+                raise two_metrics(name, self.gave.get(name, "the trainer"), self.origin)
+            metrics[name], self.gave[name] = value, self.origin
 
     def _named(self, run: Callable[..., object], body: str) -> Callable[..., object]:
         """`run` as a function of named arguments, which is what pluggy reads from a function's code."""

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from apt.core.config import APTConfig
+from apt.core.hooks import two_metrics
 from apt.core.resolve import Resolved
-from apt.errors import PluginError
 from apt.hookspecs import RunState
 from apt.training.evaluate import Score
 from apt.training.peak import Utilisation
@@ -178,8 +178,5 @@ def _join(facts: dict[str, object], *given: tuple[Mapping[str, object], Callable
     for metrics, whose in given:
         for name, value in metrics.items():
             if name in owners:
-                both = f"that of {owners[name](name)} and that of {whose(name)}"
-                raise PluginError(
-                    f"two metrics of one event are called {name!r}, {both}; give what a part or plugin adds a name of its own"
-                )
+                raise two_metrics(name, owners[name](name), whose(name))
             owners[name], facts[name] = whose, value
