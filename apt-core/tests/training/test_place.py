@@ -119,3 +119,27 @@ def test_epochs_keep_their_length(profile_file: Path, tmp_path: Path) -> None:
     found = re.search(r"set (training.steps_per_epoch=\d+)", str(caught.value))
     assert found is not None
     assert train(profile_file, tmp_path / "yes", *changed, found[1], branch=checkpoint).state.step == 7
+
+
+@pytest.mark.parametrize("goes_on", ["resume", "branch"])
+def test_the_length_of_an_epoch_may_be_said_as_it_was_and_nothing_is_read_twice(
+    profile_file: Path, tmp_path: Path, seen: list[int], goes_on: str
+) -> None:
+    sets = ("training.max_epochs=null", "training.accumulate=2", "training.batch_size=60")
+    free, said = (*sets, "training.steps_per_epoch=null"), (*sets, "training.steps_per_epoch=1")
+
+    def go_on(name: str, *sets: str, after: str) -> Trainer:
+        if goes_on == "resume":
+            return train(profile_file, tmp_path / "run", *sets, resume="auto")
+        return train(profile_file, tmp_path / name, *sets, branch=next((tmp_path / after).glob("step-*")))
+
+    keep = "training.keep_last=1"
+    first = train(profile_file, tmp_path / "run", *free, "training.max_steps=2", keep)
+    assert first.parts.batches.batches_per_pass == 3
+    go_on("said", *said, "training.max_steps=4", keep, after="run")
+    go_on("free", *free, "training.max_steps=5", keep, after="said")
+    assert seen == [0, 1, 3, 4, 6, 7, 8, 9, 12, 13]
+    with pytest.raises(
+        CheckpointError, match=r"an epoch has had 1 steps so far, and has 2 with|\(epochs would be counted"
+    ):
+        go_on("no", *sets, "training.steps_per_epoch=2", "training.max_steps=6", after="free")

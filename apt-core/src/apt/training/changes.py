@@ -17,6 +17,8 @@ class Rules:
 
     refused: Mapping[str, str]
     free: tuple[str, ...]
+    told_by_the_text: tuple[str, ...] = ()
+    """Where null means what the text gives: whether that is what the number says is known when the text is (`find_place`)."""
 
 
 _WEIGHTS = "the weights would not fit, or would be those of another model"
@@ -34,6 +36,7 @@ RESUME = Rules(
         "training.optimizer": "its memory would be of another form",
     },
     ("model.dropout", "model.attention_dropout"),
+    ("training.steps_per_epoch",),
 )
 BRANCH = Rules(
     {"model": _WEIGHTS, "data.tokenizer": _IDS},
@@ -57,7 +60,8 @@ def check_changes(folder: Path, saved: APTConfig, now: APTConfig, rules: Rules) 
             continue
         reason = next((why for prefix, why in rules.refused.items() if _is_below(path, prefix)), None)
         line = f"{path}: {old!r} -> {new!r}"
-        if reason is None or any(_is_below(path, each) for each in rules.free):
+        later = path in rules.told_by_the_text and None in (old, new)
+        if reason is None or later or any(_is_below(path, each) for each in rules.free):
             allowed.append(line)
         else:
             refused.append(f"{line} ({reason})")

@@ -1,4 +1,4 @@
-"""Where in its text a branch goes on: nothing is read twice in a pass because batches, windows or the text are others now.
+"""Where in its text a run goes on: nothing is read twice in a pass because batches, windows or the text are others now.
 
 A place is a number of micro-batches, and means the windows that those held. What a trainer keeps of it is how many steps' worth
 of text it is ahead of the step's number (`left_out`), which is negative where a branch's steps read more than its trunk's did.
@@ -21,7 +21,7 @@ from apt.training.assembly import Assembly
 def find_place(
     folder: Path, saved: Mapping[str, Any], before: APTConfig, now: APTConfig, parts: Assembly
 ) -> tuple[int, str | None]:
-    """How many steps' worth of text a branch from `folder` is ahead of its step's number, and a line where its place is another.
+    """How many steps' worth of text a run from `folder` is ahead of its step's number, and a line where its place is another.
 
     Raises `CheckpointError` where its epochs would have another length than those that are counted already.
     """
@@ -33,7 +33,7 @@ def find_place(
             "batch_size and accumulate as they were"
         )
     batches = parts.batches
-    if not step or saved["corpus"] != parts.corpus.digest:
+    if saved["corpus"] != parts.corpus.digest:
         return -step, "the other text is read from its beginning" if step else None
     old = make_batches(batches.split, before)
     index = first_batch(before, old.batches_per_pass, step + left_out)
@@ -42,8 +42,8 @@ def find_place(
         place, line = number * batches.batches_per_pass, f"other windows of the text are read: pass {number} begins"
     elif (before.training.batch_size, before.training.accumulate) != (now.training.batch_size, now.training.accumulate):
         place, line = translate(index, old, batches), "its batches are others; they go on where the text was left"
-    else:
-        return left_out, None
+    else:  # the same place, though what is an epoch may be said otherwise
+        place, line = index, None
     return steps_before(now, batches.batches_per_pass, place) - step, line
 
 

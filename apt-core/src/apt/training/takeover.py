@@ -69,16 +69,16 @@ def take_over(
     if not faults and start.has_same_parts:  # other code has proven nothing
         # A step that is watched runs eagerly, and so to other bits than a compiled one.
         parts.proof.take_over(progress.get("proven", ()))
+    assert start.before is not None
+    left_out, moved = find_place(folder, saved, start.before, config, parts)
     if not start.is_branch:
         return Taken(
-            left_out=progress["left_out"],
+            left_out=left_out,
             metrics=progress.get("metrics", sys.maxsize),
             best=progress["best"] if start.best is not None else None,
             calibration=progress.get("calibration"),
             journal=progress,
         )
-    assert start.before is not None
-    left_out, moved = find_place(folder, saved, start.before, config, parts)
     if moved is not None:
         warn(f"{folder.name}: {moved}")
     for plugin in state.plugins_on:
