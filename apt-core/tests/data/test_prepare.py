@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from apt.builtin.pretrained import Pretrained
 from apt.core.config import APTConfig
 from apt.core.profile import load_profile
 from apt.core.resolve import resolve_config
@@ -122,6 +123,16 @@ def test_a_cache_that_cannot_be_written_is_named(profile: APTConfig, tmp_path: P
     data = profile.data.model_copy(update={"cache": str(tmp_path / "file")})
     with pytest.raises(DataError, match=r"data.cache: .*file: cannot be written: .*APT_CACHE_DIR"):
         made(profile.model_copy(update={"data": data}))
+
+
+def test_a_home_folder_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match=r"data.cache: '~nosuch/x': there is no home folder '~nosuch'"):
+        Cache("~nosuch/x")
+    monkeypatch.setenv("APT_CACHE_DIR", "~nosuch/x")
+    with pytest.raises(DataError, match=r"APT_CACHE_DIR: '~nosuch/x': there is no home folder"):
+        Cache()
+    with pytest.raises(DataError, match=r"data.tokenizer.path: '~nosuch/x': there is no home folder"):
+        Pretrained(path="~nosuch/x").get_vocab_size()
 
 
 def test_nothing_half_written_stays(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from apt.core.providers import Tokenizer, TokenizerProvider
+from apt.data.files import expanded
 from apt.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Pretrained(TokenizerProvider):
     def _path(self) -> Path:
         if self.path is None:
             raise DataError("data.tokenizer.path: is not given; name a tokenizer.json, or the folder that holds one")
-        path = Path(self.path).expanduser()
+        path = expanded(self.path, "data.tokenizer.path")
         return path / FILE if path.is_dir() else path
 
     def _read(self, path: Path) -> PretrainedTokenizer:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from apt.data.files import expanded
 from apt.errors import DataError
 
 MANIFEST = "manifest.json"
@@ -39,8 +40,8 @@ class Cache:
     def __init__(self, root: str | Path | None = None, note: Callable[[str], None] = print) -> None:
         import platformdirs
 
-        chosen = root if root is not None else os.environ.get(VARIABLE)
-        self.root = Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("apt-core")
+        chosen, option = (os.environ.get(VARIABLE), VARIABLE) if root is None else (root, "data.cache")
+        self.root = expanded(chosen, option) if chosen else platformdirs.user_cache_path("apt-core")
         self.note = note
 
     def get(self, kind: str, key: Mapping[str, object], make: Callable[[Path], Mapping[str, object]]) -> Entry:

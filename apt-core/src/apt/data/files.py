@@ -52,13 +52,18 @@ def find_files(asked: str | list[str], pattern: str, option: str = "data.path") 
     return sorted(found.items())
 
 
-def _find(asked: str, pattern: str, option: str) -> tuple[Path, list[Path]]:
-    """Where names begin, and the files."""
+def expanded(asked: str | Path, option: str) -> Path:
+    """A path that may begin with a home folder. Raises `DataError`, with the `option` that asks, where there is no such home."""
     try:
-        path = Path(asked).expanduser()
+        return Path(asked).expanduser()
     except RuntimeError as error:
         home = Path(asked).parts[0]
-        raise DataError(f"{option}: {asked!r}: there is no home folder {home!r}; give the path in full") from error
+        raise DataError(f"{option}: {str(asked)!r}: there is no home folder {home!r}; give the path in full") from error
+
+
+def _find(asked: str, pattern: str, option: str) -> tuple[Path, list[Path]]:
+    """Where names begin, and the files."""
+    path = expanded(asked, option)
     if path.is_file():
         return path.parent, [path]
     if path.is_dir():
