@@ -114,11 +114,6 @@ class ConflictError(FaultsError):
 class PluginError(AptError):
     """A plugin failed in a hook; the message names plugin, distribution, version, hook and step."""
 
-    @property
-    def raised(self) -> BaseException:
-        """What the hook itself raised, where it raised anything."""
-        return self if self.__cause__ is None else self.__cause__
-
 
 class ProofOfUseError(AptError):
     """A provider is switched on, but its modules did not run or its parameters got no finite gradient."""
@@ -146,6 +141,11 @@ class ProviderFallbackWarning(UserWarning):
 
 class LockWarning(UserWarning):
     """A checkpoint was made by other providers, versions, sources or options than those here; the text says which."""
+
+
+def origin_of(error: BaseException) -> BaseException:
+    """The error that a hook itself raised, where a plugin failed in one; else this one."""
+    return error.__cause__ or error if isinstance(error, PluginError) else error
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -254,8 +254,8 @@ def _run(
         return 130
     if os.environ.get("RANK", "0") != "0":
         return 0
+    from apt.training.card import to_generate
     from apt.training.sample import draw_sample
-    from apt.training.snapshot import local_code
 
     evaluation = profile.config.evaluation
     scored = result.validation
@@ -271,9 +271,7 @@ def _run(
     print(f"\nrun:  {result.folder}")
     if result.plot is not None:
         print(f"plot: {result.plot}")
-    leave = ["--allow-local-code"] if local_code(result.resolved) else []
-    words = ["generate", str(result.folder), *leave, "--prompt", evaluation.sample_prompt or "def "]
-    print(f"next: {called_as()} {shlex.join(words)}")
+    print(f"next: {called_as()} {to_generate(result.folder, profile.config, result.resolved)}")
     return 0
 
 

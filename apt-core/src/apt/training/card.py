@@ -12,6 +12,7 @@ from apt.core.resolve import Resolved
 from apt.data.prepare import Prepared
 from apt.training.evaluate import Score
 from apt.training.record import CARD, METRICS, PLOT, RECORD, provider_lines, read_metrics
+from apt.training.snapshot import local_code
 
 SAMPLES = "samples.md"
 
@@ -38,6 +39,12 @@ def list_results(step: int, scored: Score, parent: Mapping[str, object] | None) 
     return results
 
 
+def to_generate(folder: Path, config: APTConfig, resolved: Resolved) -> str:
+    """What follows the command's name to let the run's model write."""
+    leave = ["--allow-local-code"] if local_code(resolved) else []
+    return shlex.join(["generate", str(folder), *leave, "--prompt", config.evaluation.sample_prompt or "Once"])
+
+
 def write_card(
     folder: Path, config: APTConfig, resolved: Resolved, corpus: Prepared | None, results: Mapping[str, object]
 ) -> None:
@@ -47,8 +54,6 @@ def write_card(
     """
     numbers = "\n".join(f"| {name} | {value} |" for name, value in results.items())
     providers = "\n".join(f"| {line} |" for line in provider_lines(resolved.resolutions, " | "))
-    code = any(each.used.startswith(".") or ".py:" in each.used for each in resolved.resolutions)
-    allow = " --allow-local-code" if code else ""
     text = f"""\
 # {config.name}
 
@@ -63,14 +68,14 @@ def write_card(
 {_HELD_OUT if corpus else ""}{_PICTURE if (folder / PLOT).is_file() else ""}## Use
 
 ```console
-$ apt-core generate {shlex.quote(str(folder))}{allow} --prompt {shlex.quote(config.evaluation.sample_prompt or "Once")}
+$ apt-core {to_generate(folder, config, resolved)}
 ```
 
 ```python
 from apt.inference.generate import generate
 from apt.training.checkpoint import load_run
 
-run = load_run({json.dumps(str(folder))}{", allow_local_code=True" if code else ""})
+run = load_run({json.dumps(str(folder))}{", allow_local_code=True" if local_code(resolved) else ""})
 print(generate(run.model, run.tokenizer, "Once", max_new_tokens=100, temperature=0.8).text)
 ```
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from apt.core.resolution import describe
-from apt.errors import PluginError, UserError
+from apt.errors import PluginError, UserError, origin_of
 from apt.hookspecs import Batch
 from apt.layers import Part, as_part
 from apt.layers.sharded import let_go, local
@@ -117,7 +117,7 @@ def explain_memory() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError, ValueError, TypeError, PluginError) as error:
-        if not _is_memory(error.raised if isinstance(error, PluginError) else error):
+        if not _is_memory(origin_of(error)):
             raise
         raise UserError(_advice(error)) from error
 

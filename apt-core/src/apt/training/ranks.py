@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from apt.core.config import APTConfig
-from apt.errors import AptError, PluginError, UserError
+from apt.errors import AptError, PluginError, UserError, origin_of
 
 T = TypeVar("T")
 
@@ -144,7 +144,7 @@ def join_ranks(config: APTConfig) -> Iterator[Ranks]:
     try:
         yield ranks
     except (RuntimeError, PluginError) as error:
-        if not _is_lost(error.raised if isinstance(error, PluginError) else error):
+        if not _is_lost(origin_of(error)):
             raise
         raise AptError(
             f"rank {ranks.rank} of {size} on {socket.gethostname()}: another rank has died or does not answer "
