@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -352,6 +354,18 @@ def test_the_time_that_is_left_is_told_however_slow_the_steps_are(monkeypatch: p
             now[0] += 60.0
             report.step(RunState(step, 0, 40, 1), 2.0, 9.0, None, 1e-3)
     assert output.getvalue().splitlines()[-1].endswith("60 s left")
+
+
+def test_a_run_outlives_who_reads_what_it_prints(
+    profile_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    loaded = load_profile(profile_file)
+    with os.fdopen(writer, "w") as stream, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", stream)
+        assert Trainer(loaded.config, tmp_path / "run", resolved=loaded.resolved).fit().state.step == 8
+        print("and what is printed after it goes nowhere", flush=True)
 
 
 def test_a_terminal_shows_the_numbers_under_the_bar() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable
 from types import TracebackType
@@ -16,6 +17,17 @@ PLAIN_EVERY = 10.0
 """Seconds between lines where the output is no terminal."""
 RECENT = 3600.0
 """Seconds whose steps say how long the rest takes; two reports must fall into them, however slow the steps are."""
+
+
+class Lasting(Console):
+    """A console that outlives its readers: once they have gone, as after ``| head``, it prints nowhere."""
+
+    def on_broken_pipe(self) -> None:
+        """What is left in the stream's buffer goes nowhere either, where rich would end the process."""
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.file.fileno())
+        os.close(nowhere)
 
 
 class _Bar(Progress):

@@ -56,7 +56,7 @@ from apt.training.parallel import Parallel
 from apt.training.peak import Utilisation
 from apt.training.phases import Phases
 from apt.training.plot import plot_run
-from apt.training.progress import Report
+from apt.training.progress import Lasting, Report
 from apt.training.randoms import repeatable
 from apt.training.ranks import ALONE, Ranks, join_ranks, list_unshared
 from apt.training.record import CARD, RECORD, Metrics, record_resume, write_record
@@ -96,6 +96,7 @@ class Trainer:
     or the path of a checkpoint, whose providers must be exactly those of now where `strict_lock` is set. `branch` is a
     checkpoint of another run to start from. `given` are the files that the profile was read from, which are kept in the folder.
     `again` is the command that goes on with the run, for whoever stopped it; by default one that needs the run's folder alone.
+    Where no `console` is given, one is taken that a reader may leave, as `head` does, without ending the run.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class Trainer:
         self.config, self.out, self.resume, self.branch = config, Path(out), resume, branch
         self.strict_lock, self.given, self.again = strict_lock, given, again
         self.resolved = resolve_config(config) if resolved is None else resolved
-        self.console = Console() if console is None else console
+        self.console = Lasting() if console is None else console
         self.hooks = HookRunner(self.resolved.plugins)
         self._asked = self._stop = self._began = False
         """Whether this process was asked to stop; whether all ranks do; whether training began."""
