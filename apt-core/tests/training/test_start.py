@@ -271,6 +271,18 @@ def test_a_branch_that_saved_nothing_does_not_begin_anew(
         train(tmp_path / "branch" / "resolved.yaml", tmp_path / "branch")
 
 
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"parent": 3}', '{"parent": {}}'])
+def test_where_it_cannot_be_known_whether_a_run_began_in_another_nothing_begins_anew(
+    run: Path, profile_file: Path, tmp_path: Path, content: str
+) -> None:
+    for out in (run, tmp_path / "new"):
+        out.mkdir(exist_ok=True)
+        (out / "record.json").write_text(content)
+    assert train(profile_file, run, "training.max_epochs=3").state.step == 12  # with checkpoints it is known
+    with pytest.raises(UserError, match=r"record\.json: damaged \(.*\), so that it is not known .* give a new folder"):
+        train(profile_file, tmp_path / "new")
+
+
 @pytest.mark.parametrize("during", ["distributions", "_git", "make_lock"])
 def test_a_branch_that_was_killed_while_its_folder_was_written_does_not_begin_anew(
     run: Path, profile_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, during: str

@@ -164,10 +164,11 @@ def record_resume(folder: Path, resolved: Resolved, step: int) -> None:
     """Add to the record that the run went on at `step`, when and by what: providers and code may be others by then."""
     try:
         record = json.loads((folder / RECORD).read_text())
-    except ValueError:
+        resumed = [*record.get("resumed", ())]
+    except (ValueError, AttributeError, TypeError):
         return  # of no use before either, and no reason not to go on
     again = {"step": step, "started": _now(), "command": sys.argv, **_surroundings(resolved, _versions())}
-    _write(folder / RECORD, {**record, "resumed": [*record.get("resumed", ()), again]})
+    _write(folder / RECORD, {**record, "resumed": [*resumed, again]})
 
 
 def _versions() -> dict[str, str]:

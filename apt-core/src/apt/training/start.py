@@ -210,11 +210,17 @@ def _require_no_parent(out: Path) -> None:
     """Raise `UserError` where a run began in another and was stopped before it saved: anew it would be another run."""
     try:
         parent = json.loads((out / RECORD).read_text())["parent"]
-    except (OSError, ValueError):
+        began_at = None if parent is None else Path(parent["run"]) / parent["checkpoint"]
+    except FileNotFoundError:
         return  # it was stopped before it had written down what it is: nothing is lost
-    if parent is not None:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{out}: began at {Path(parent['run']) / parent['checkpoint']} and was stopped before its first checkpoint; "
+            f"{out / RECORD}: damaged ({type(error).__name__}: {error}), so that it is not known whether this run, which has "
+            "saved nothing, began in another; give a new folder as --out, or remove this one"
+        ) from error
+    if began_at is not None:
+        raise UserError(
+            f"{out}: began at {began_at} and was stopped before its first checkpoint; "
             "start it again from there, in a new folder"
         )
 
