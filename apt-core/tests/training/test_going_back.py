@@ -405,3 +405,22 @@ def test_a_stop_is_agreed_on_between_the_steps_alone(profile_file: Path, tmp_pat
     result = Asked(loaded.config, tmp_path / "run", console=Console(file=io.StringIO())).fit()
     assert (result.interrupted, result.state.step) == (True, 3)
     assert agreed == [(1, False), (2, False), (3, False)]
+
+
+class Interrupted(io.RawIOBase):
+    """A stream in whose writing the run is asked to stop, as where its reader is slow."""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        if b"held-out" in bytes(data):
+            signal.raise_signal(signal.SIGTERM)
+        return len(data)
+
+
+def test_a_stop_that_comes_while_something_is_printed_saves_too(profile_file: Path, tmp_path: Path) -> None:
+    console = Console(file=io.TextIOWrapper(io.BufferedWriter(Interrupted())))
+    result = Trainer(load_profile(profile_file).config, tmp_path / "run", console=console).fit()
+    assert (result.interrupted, result.state.step) == (True, 4)
+    assert find_checkpoint(tmp_path / "run").name == "step-000004"

@@ -441,7 +441,8 @@ class Trainer:
 
     def _stop_soon(self, signal: str, report: Report) -> None:
         self._asked = True
-        report.line(f"{signal}: finishing this step, then saving (again to leave at once)")
+        with contextlib.suppress(RuntimeError):  # a stream that is just being written to takes nothing in between
+            report.line(f"{signal}: finishing this step, then saving (again to leave at once)")
 
     def _finish(self) -> RunResult:
         interrupted = self._stop and self.state.step < self.state.max_steps
