@@ -138,7 +138,7 @@ def test_two_ranks_of_half_a_batch_padded_or_not_have_the_losses_and_the_gradien
         subprocess.Popen([sys.executable, "-c", RANK, str(tmp_path / "store")], env=os.environ | {"RANK": str(rank)})
         for rank in range(2)
     ]
-    assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
+    assert [rank.wait(timeout=100) for rank in ranks] == [0, 0]
 
 
 @given(st.integers(0, 2**31 - 1), st.integers(1, 20), st.integers(1, 6), st.integers(1, 3))
