@@ -10,25 +10,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from apt.inference.packed import PackedLinear, get_packed
+from apt.inference.packed import PackedLinear
 from apt.layers.units import has_units
 
 LARGEST, SMALLEST = torch.finfo(torch.float16).max, 2**-16
 
-torch.library.define("apt::multiply_half", "(Tensor x, Tensor number, SymInt out_features) -> Tensor")
 torch.library.define("apt::multiply_row", "(Tensor weight, Tensor x) -> Tensor")
-torch.library.define("apt::unpack_half", "(Tensor number, SymInt out_features, SymInt in_features) -> Tensor")
-
-
-@torch.library.impl("apt::multiply_half", "CPU")
-def _multiply(x: Tensor, number: Tensor, out_features: int) -> Tensor:
-    y: Tensor = torch.ops.quantized.linear_dynamic_fp16.default(x, get_packed(number))
-    return y
-
-
-@torch.library.impl("apt::multiply_half", "Meta")
-def _shape_of_product(x: Tensor, number: Tensor, out_features: int) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))
 
 
 @torch.library.impl("apt::multiply_row", "CPU")
@@ -39,17 +26,6 @@ def _multiply_row(weight: Tensor, x: Tensor) -> Tensor:
 @torch.library.impl("apt::multiply_row", "Meta")
 def _shape_of_row(weight: Tensor, x: Tensor) -> Tensor:
     return x.new_empty(weight.shape[0])
-
-
-@torch.library.impl("apt::unpack_half", "CPU")
-def _unpack(number: Tensor, out_features: int, in_features: int) -> Tensor:
-    weight: Tensor = HalfLinear.unpack(get_packed(number))[0].to(torch.bfloat16)
-    return weight
-
-
-@torch.library.impl("apt::unpack_half", "Meta")
-def _shape_of_weight(number: Tensor, out_features: int, in_features: int) -> Tensor:
-    return number.new_empty((out_features, in_features), dtype=torch.bfloat16)
 
 
 class RowLinear(nn.Module):
@@ -121,9 +97,20 @@ class HalfLinear(PackedLinear):
         weight, _ = torch.ops.quantized.linear_unpack_fp16(packed)
         return (weight.half(),)
 
+    @staticmethod
+    def multiply_packed(rows: Tensor, packed: Any) -> Tensor:
+        """Sums and result in float32."""
+        y: Tensor = torch.ops.quantized.linear_dynamic_fp16.default(rows, packed)
+        return y
+
+    @staticmethod
+    def unpack_weight(packed: Any, in_features: int) -> Tensor:
+        """In float16."""
+        return HalfLinear.unpack(packed)[0]
+
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch out"]:
         """The product, in the dtype of `x`."""
-        y: Tensor = torch.ops.apt.multiply_half(x.float(), self._number, self.out_features)
+        y = self.multiply(x.float())
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
     @property
@@ -131,7 +118,7 @@ class HalfLinear(PackedLinear):
         """The weights in bfloat16. They are kept: unpacking takes longer than a product, and who asks does so at each token."""
         if self._whole is not None:
             return self._whole
-        weight: Tensor = torch.ops.apt.unpack_half(self._number, self.out_features, self.in_features)
+        weight = self.unpack_as(torch.bfloat16)
         if not torch.compiler.is_compiling():
             self._whole = weight
         return weight

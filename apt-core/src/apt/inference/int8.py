@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from apt.inference.packed import PackedLinear, get_packed
+from apt.inference.packed import PackedLinear
 
 REDUCED = True
 """Activations take seven of the eight bits: processors without VNNI add pairs of products in 16 bits, which eight overflow."""
@@ -21,33 +21,6 @@ FINER = 2 * HIGHEST
 SMALLEST = torch.finfo(torch.float32).tiny
 AT_ONCE = 512
 """So many tokens are multiplied together: of twice as many, each takes a third longer."""
-
-# Bare operators: what `torch.library.custom_op` adds to each call is a fifth of the product of a small matrix.
-torch.library.define("apt::multiply_int8", "(Tensor rows, Tensor number, SymInt out_features) -> Tensor")
-torch.library.define("apt::unpack_int8", "(Tensor number, SymInt out_features, SymInt in_features) -> Tensor")
-
-
-@torch.library.impl("apt::multiply_int8", "CPU")
-def _multiply(rows: Tensor, number: Tensor, out_features: int) -> Tensor:
-    y: Tensor = torch.ops.quantized.linear_dynamic.default(rows, get_packed(number), REDUCED)
-    return y
-
-
-@torch.library.impl("apt::multiply_int8", "Meta")
-def _shape_of_product(rows: Tensor, number: Tensor, out_features: int) -> Tensor:
-    return rows.new_empty((*rows.shape[:-1], out_features))
-
-
-@torch.library.impl("apt::unpack_int8", "CPU")
-def _unpack(number: Tensor, out_features: int, in_features: int) -> Tensor:
-    rounded, _ = torch.ops.quantized.linear_unpack(get_packed(number))
-    weight: Tensor = rounded.dequantize()[:, :in_features]
-    return weight.contiguous()
-
-
-@torch.library.impl("apt::unpack_int8", "Meta")
-def _shape_of_weight(number: Tensor, out_features: int, in_features: int) -> Tensor:
-    return number.new_empty((out_features, in_features), dtype=torch.float32)
 
 
 class Int8Linear(PackedLinear):
@@ -91,6 +64,19 @@ class Int8Linear(PackedLinear):
         quantized, _ = torch.ops.quantized.linear_unpack(packed)
         return quantized.int_repr(), quantized.q_per_channel_scales()
 
+    @staticmethod
+    def multiply_packed(rows: Tensor, packed: Any) -> Tensor:
+        """Of rows that hold both ends of the range."""
+        y: Tensor = torch.ops.quantized.linear_dynamic.default(rows, packed, REDUCED)
+        return y
+
+    @staticmethod
+    def unpack_weight(packed: Any, in_features: int) -> Tensor:
+        """In float32, without the two columns for the ends."""
+        quantized, _ = torch.ops.quantized.linear_unpack(packed)
+        weight: Tensor = quantized.dequantize()[:, :in_features]
+        return weight.contiguous()
+
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch out"]:
         """The product, in float32."""
         if x.numel() <= AT_ONCE * self.in_features:
@@ -107,12 +93,11 @@ class Int8Linear(PackedLinear):
         fine = exact.sub_(coarse).mul_(FINER)
         ends = self._ends.expand(*x.shape[:-1], 2)
         rows = torch.cat((coarse, ends, fine, ends), -1).view(*x.shape[:-1], 2, self.in_features + 2)
-        coarse, fine = torch.ops.apt.multiply_int8(rows, self._number, self.out_features).unbind(-2)
+        coarse, fine = self.multiply(rows).unbind(-2)
         y = torch.add(coarse, fine, alpha=1 / FINER).mul_(step)
         return y if self.bias is None else y + self.bias
 
     @property
     def weight(self) -> Float[Tensor, "out width"]:
         """The weights as they are now, in float32."""
-        weight: Tensor = torch.ops.apt.unpack_int8(self._number, self.out_features, self.in_features)
-        return weight
+        return self.unpack_as(torch.float32)
