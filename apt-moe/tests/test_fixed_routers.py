@@ -5,6 +5,7 @@ import torch
 from pydantic import ValidationError
 
 from apt.core.config import APTConfig
+from apt.core.resolve import resolve_config
 from apt.errors import OptionsError, ProfileError, UserError
 from apt.modeling.compose import ModelBuilder
 from apt_moe.expert_choice import ExpertChoice
@@ -17,6 +18,26 @@ from apt_moe.routers import SigmoidBias
 def test_experts_that_choose_are_refused_unless_the_future_is_allowed() -> None:
     with pytest.raises(ValidationError, match="let later tokens change earlier ones"):
         ExpertChoice()
+
+
+@pytest.mark.parametrize(
+    ("ffn", "schedules", "where"),
+    [
+        ({"capacity": 1.25}, {}, "model.ffn.router: expert_choice fixes how many tokens an expert takes by top_k"),
+        (
+            {},
+            {"moe_capacity": {"start": 1.5, "end": 1.1}},
+            r"schedules\.moe_capacity\.start: 1\.5 is not allowed; ffn\.moe",
+        ),
+    ],
+)
+def test_a_capacity_of_experts_that_choose_would_limit_nothing_and_is_refused(
+    ffn: dict[str, object], schedules: dict[str, object], where: str
+) -> None:
+    router = {"provider": "expert_choice", "allow_noncausal": True}
+    config = APTConfig(ffn_name="moe", options={"ffn": {"router": router, **ffn}}, schedules=schedules)
+    with pytest.raises(ProfileError, match=where + ".*leave capacity and its schedule moe_capacity out, and set top_k"):
+        resolve_config(config)
 
 
 def test_each_expert_takes_the_tokens_that_score_highest_with_it() -> None:

@@ -390,6 +390,8 @@ ROUTERS: list[dict[str, object]] = [
     {"provider": "hash", "top_k": 2},
     {"provider": "random", "top_k": 2},
 ]
+LIMITED = [each for each in ROUTERS if each["provider"] != "expert_choice"]
+"""Those whose experts take what tokens choose; where experts choose, a capacity is refused."""
 
 
 every_router = pytest.mark.parametrize(
@@ -404,7 +406,8 @@ def test_a_token_in_writing_meets_its_experts_unsorted_and_gets_what_sorting_giv
     router: dict[str, object], expert: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    options = {"experts": 4, "router": router, "capacity": 1.0, "upcycle": False, "shared": 1}
+    capacity = {"capacity": 1.0} if router in LIMITED else {}
+    options = {"experts": 4, "router": router, **capacity, "upcycle": False, "shared": 1}
     layer = MoE.model_validate({**options, "expert": "swiglu" if expert == "odd" else expert}).create_layer(8, 16)
     layer.experts.grouped = expert != "odd"  # as for a layer whose parameters are not those of linear maps alone
     layer.to(dtype).eval()
@@ -424,8 +427,11 @@ def test_a_token_in_writing_meets_its_experts_unsorted_and_gets_what_sorting_giv
         assert written.dtype == dtype
 
 
-@every_router
-@pytest.mark.parametrize("capacity", [None, 0.01])
+@pytest.mark.parametrize(
+    ("router", "capacity"),
+    [(each, None) for each in ROUTERS] + [(each, 0.01) for each in LIMITED],
+    ids=lambda value: f"{value['provider']}-{value.get('top_k', 1)}" if isinstance(value, dict) else str(value),
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_where_there_is_no_token_or_only_padding_every_number_is_finite_and_nothing_is_dropped(
     router: dict[str, object], capacity: float | None, dtype: torch.dtype

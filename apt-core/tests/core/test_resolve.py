@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from apt.core.config import APTConfig, Choice, Data
 from apt.core.local import LocalCode
@@ -364,6 +364,27 @@ def test_a_schedule_stays_where_its_option_may_be(registry, name, given, where):
     assert "plugin.ranged takes it as its option" in told[where]
     good = {"heat": {"start": 0.1, "end": 9}, "share": {"start": 0, "end": 1}, "their_pace": {"start": -3, "end": 4}}
     resolve_config(profile(ffn_name="plain", plugins=("ranged",), schedules=good), registry)
+
+
+def test_a_schedule_stays_where_its_option_may_be_beside_the_other_options(registry):
+    class Bounded(Switch):
+        scheduled: ClassVar[Mapping[str, str]] = {"heat": ""}
+        most: int = Field(default=1, alias="max")
+        heat: float = 0.0
+
+        @model_validator(mode="after")
+        def _below(self) -> Bounded:
+            if self.heat > self.most:
+                raise ValueError(f"more than max, which is {self.most}")
+            return self
+
+    registry.register("plugin", "bounded", Bounded)
+    registry.register("ffn", "plain", type("Plain", (FFN,), {"excludes": (), "__annotations__": {}}))
+    given = {"ffn_name": "plain", "plugins": ("bounded",), "options": {"plugin.bounded": {"max": 3}}}
+    told = faults(registry, profile(**given, schedules={"heat": {"start": 1, "end": 4}}))
+    hint = "plugin.bounded takes it as its option heat: more than max, which is 3"
+    assert told == {"schedules.heat.end": f"4 is not allowed; {hint}"}
+    resolve_config(profile(**given, schedules={"heat": {"start": 1, "end": 3}}), registry)
 
 
 def test_a_provider_that_has_no_layer_for_a_block_says_so_with_the_other_faults(registry):

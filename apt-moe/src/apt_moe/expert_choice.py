@@ -92,5 +92,5 @@ class ExpertChoice(TopK):
         return True
 
     def supports_dynamic_capacity(self) -> bool:
-        """The room is fixed by `top_k`; a capacity limits nothing beyond it."""
+        """The room is fixed by `top_k`, which is the paper's capacity factor."""
         return False

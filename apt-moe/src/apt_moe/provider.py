@@ -79,6 +79,11 @@ class MoE(FFNProvider):
         experts = info.data.get("experts")
         if experts is not None and router.top_k > experts:
             raise ValueError(f"top_k is {router.top_k}, but there are only {experts} experts")
+        if info.data.get("capacity") is not None and not router.supports_dynamic_capacity():
+            what = (
+                f"{router.get_name()} fixes how many tokens an expert takes by top_k, so that a capacity limits nothing"
+            )
+            raise ValueError(f"{what}; leave capacity and its schedule moe_capacity out, and set top_k")
         granularity = info.data.get("granularity", 1)
         if granularity > 1 and isinstance(router, Switch):
             what = f"switch sends each token to one expert, and granularity: {granularity} to as many times top_k"

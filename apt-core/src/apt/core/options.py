@@ -86,18 +86,27 @@ def _adapter(model: type[BaseModel], name: str) -> TypeAdapter[object]:
     return TypeAdapter(ranged)
 
 
-def refused(model: type[BaseModel], name: str, value: object) -> str:
-    """What the option `name` of `model` has against `value`, in words; nothing where it takes it."""
+def refused(provider: Provider, name: str, value: object) -> str:
+    """What `provider`, its other options as they are, has against `value` for its option `name`; nothing where it takes it."""
+    model = type(provider)
+    given = {each: getattr(provider, each) for each in provider.model_fields_set} | {name: value}
     try:
         _adapter(model, name).validate_python(value)
+        model.model_validate({model.model_fields[each].alias or each: option for each, option in given.items()})
     except ValidationError as error:
-        return lowered(error.errors(include_url=False)[0]["msg"])
+        return lowered(_said(error.errors(include_url=False)[0]))
     return ""
 
 
 def lowered(message: str) -> str:
     """What pydantic says, to stand within a sentence."""
     return message[:1].lower() + message[1:]
+
+
+def _said(detail: ErrorDetails) -> str:
+    """What a validator says, without pydantic's word for its kind before it."""
+    message = detail["msg"]
+    return message.partition(", ")[2] or message if detail["type"] in ("value_error", "assertion_error") else message
 
 
 def _mistyped(where: str, wanted: set[object], value: object) -> list[Fault]:
@@ -184,7 +193,7 @@ def _plain(value: object) -> object:
 
 def _fault(path: Loc, details: Sequence[ErrorDetails], model: type[BaseModel]) -> Fault:
     where, (first, *others) = ".".join(map(str, path)), details
-    kind, message = first["type"], first["msg"]
+    kind = first["type"]
     if kind == "extra_forbidden":
         known = _options(model, path[:-1])
         hint = " ".join(filter(None, (nearest(str(path[-1]), known), f"options: {', '.join(known) or 'none'}")))
@@ -192,7 +201,7 @@ def _fault(path: Loc, details: Sequence[ErrorDetails], model: type[BaseModel]) -
     if kind == "missing":
         return Fault(where, "must be given")
     if kind in ("value_error", "assertion_error"):
-        return Fault(where, message.partition(", ")[2] or message)
+        return Fault(where, _said(first))
     hints = list(dict.fromkeys(lowered(each["msg"]) for each in (first, *others)))
     hint = ", or ".join((*hints[:1], *(each.removeprefix("input should be ") for each in hints[1:])))
     if kind == "literal_error" and isinstance(first["input"], str):

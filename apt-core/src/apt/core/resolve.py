@@ -320,7 +320,7 @@ class _Resolver:
                 names = [name for name in named if name in model.model_fields]
                 ends = _ends(value, given) if names else {}
                 for where, end in ends.items():
-                    if reason := refused(model, names[0], end):
+                    if reason := refused(offer.provider, names[0], end):
                         hint = f"{offer.kind}.{offer.used} takes it as its option {names[0]}: {reason}"
                         self.faults.append(Fault(where, f"{end:g} is not allowed", hint))
 

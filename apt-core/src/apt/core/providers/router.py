@@ -70,7 +70,7 @@ class RouterProvider(Provider):
         return True
 
     def supports_dynamic_capacity(self) -> bool:
-        """Whether the capacity may change while training."""
+        """Whether a capacity limits an expert, and may change while training; where it does not, one is refused."""
         return True
 
     def takes_mask(self) -> bool:
