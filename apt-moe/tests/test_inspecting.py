@@ -141,6 +141,22 @@ def test_characters_of_several_bytes_are_shown_whole_and_line_ends_are_those_of_
     assert all(line in shown.getvalue() for line in text.split("\r\n"))
 
 
+def test_control_characters_of_the_text_are_shown_and_not_obeyed(
+    model: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = registry.get("tokenizer", "byte", fallback=False).train([])
+    run = SimpleNamespace(model=model, tokenizer=tokenizer, config=SimpleNamespace(max_seq_len=32))
+    monkeypatch.setattr("apt.runs.load_run", lambda folder, allow_local_code: run)
+    file = tmp_path / "text.txt"
+    file.write_bytes("a\x1b[2Jb\x07\x9b\0\tc\nd\r".encode())
+    shown = io.StringIO()
+    asked = {"layer": None, "top": 9, "chars": 99, "allow_local_code": False}
+    inspecting.inspect_run(tmp_path, file, **asked, console=Console(file=shown, width=150))
+    assert r"a\x1b[2Jb\x07\x9b\x00" in shown.getvalue()
+    assert "c\nd\\r\n" in shown.getvalue()
+    assert not set(shown.getvalue()) & {"\x1b", "\x07", "\x9b", "\0", "\r"}
+
+
 def test_a_token_that_no_expert_chose_is_no_expert_s() -> None:
     indices = torch.arange(3).expand(2, 3)
     routing = inspecting.Routing("ffn", 3, indices, torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.1, 0.4]]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -177,7 +178,7 @@ def inspect_run(
         if length > chars:
             coloured.append(" ...")
             break
-        coloured.append(piece, style="dim" if expert is None else _style(expert))
+        coloured.append(_harmless(piece), style="dim" if expert is None else _style(expert))
     where = f"encoder block {chosen}" if isinstance(run.model, Encoding) else f"block {chosen}"
     unserved = "; dim: no expert chose it" if None in routing.first else ""
     console.print(f"{where}: each token in the colour of the expert that weighs most{unserved}", highlight=False)
@@ -201,6 +202,13 @@ def _pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> Iterator[tuple[str, 
             continue
         start = last + 1
         yield piece, last
+
+
+def _harmless(text: str) -> str:
+    """The text with its control characters, which a terminal would obey, escaped; it may have lines and tabs."""
+    return "".join(
+        repr(each)[1:-1] if unicodedata.category(each) == "Cc" and each not in "\n\t" else each for each in text
+    )
 
 
 def _style(expert: int) -> str:
