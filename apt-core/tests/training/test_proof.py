@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,22 @@ def test_every_part_that_did_not_run_is_named(model: Decoder) -> None:
         *("blocks.0.attention:", "blocks.0.ffn:", "blocks.1.attention:", "blocks.1.ffn:"),
     ]
     assert str(caught.value).count("its module did not run") == 4
+
+
+@pytest.mark.parametrize("later", [replace(STATE, values={"gain": 0.1}), replace(STATE, epoch=1, values={"gain": 0.0})])
+def test_a_part_that_begins_when_a_value_is_0_no_longer_is_watched_then(model: Decoder, later: RunState) -> None:
+    # Else it would be at the next switch, or where the run is resumed: in another step than in a run that was not stopped.
+    ffn, state = model.blocks[1].ffn, replace(STATE, values={"gain": 0.0})
+    ffn.idle = lambda: [ffn]
+    proof = ProofOfUse(model)
+    due = proof.due(state)
+    assert len(due) == 3
+    proof.watch(due)
+    model(torch.randint(3, 259, (2, 8))).logits.square().mean().backward()
+    proof.check(due, state, ["loss"])
+    assert not proof.due(replace(state, step=1))
+    ffn.idle = lambda: []
+    assert [each.path for each in proof.due(later)] == ["blocks.1.ffn"]
 
 
 def test_a_run_that_goes_on_does_not_watch_again_what_has_proven_itself(

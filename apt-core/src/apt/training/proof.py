@@ -73,23 +73,23 @@ class ProofOfUse:
             for where, module, provider in parts
             for name, weight in provider.losses.items()
         ]
-        self._settled: tuple[str, ...] | None = None
+        self._settled: object = None
         self._idle_then: set[nn.Module] = set()
-        self._idle_when: tuple[str, ...] | None = None
+        self._idle_when: object = None
         self._ran: set[nn.Module] = set()
         self._handles: list[RemovableHandle] = []
 
     def due(self, state: RunState) -> list[BoundPart]:
-        """The parts that are on and have not been proven. What is on changes with the plugins that are."""
-        if not self.pending or state.plugins_on == self._settled:
+        """The parts that are on and have not been proven."""
+        if not self.pending or _phase(state) == self._settled:
             return []
         idle = self._idle()
         return [part for part in self.pending if getattr(part.module, "active", True) and part.module not in idle]
 
     def awaits(self, state: RunState) -> bool:
         """Whether a declared loss is to arrive in this step for the first time."""
-        if self._idle_when != state.plugins_on:
-            self._idle_then, self._idle_when = self._idle(), state.plugins_on
+        if self._idle_when != _phase(state):
+            self._idle_then, self._idle_when = self._idle(), _phase(state)
         return any(each.module not in self._idle_then and each.is_due(state) for each in self.awaited)
 
     def take_over(self, proven: Iterable[str]) -> None:
@@ -126,7 +126,7 @@ class ProofOfUse:
                 f"step {state.step}: what is switched on does not take part in training:\n  " + "\n  ".join(faults)
             )
         self.take_over([part.path for part in parts])
-        self._settled = state.plugins_on
+        self._settled = _phase(state)
         self._ran.clear()
 
     def _missing(self, state: RunState, losses: Collection[str]) -> list[str]:
@@ -169,3 +169,9 @@ class ProofOfUse:
 
     def _note(self, module: nn.Module, *_: object) -> None:
         self._ran.add(module)
+
+
+def _phase(state: RunState) -> object:
+    """What changes wherever a part can begin to take part: with the plugins that are on, with a value that is 0 no longer, or
+    with an epoch, by which a part may warm up by itself. A run that goes on asks at the same steps so."""
+    return state.plugins_on, tuple(name for name, value in state.values.items() if value), state.epoch
