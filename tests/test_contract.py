@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from importlib.metadata import entry_points
 
 import pytest
 
 from apt.core import APTConfig, Provider, Registry, Schedule, get_provider, register_provider, registry
+from apt.core.catalogue import COMES_WITH
 from apt.core.config import APTModelConfig, HardwareProfile, MultimodalConfig, create_optimized_config
 from apt.core.providers import AlignProvider, AttentionProvider, FFNProvider, RetrievalProvider, RouterProvider
 from apt.modeling.compose import ModelBuilder
@@ -107,3 +109,9 @@ def test_the_capacity_of_an_expert() -> None:
     assert isinstance(provider, RouterProvider)
     assert provider.get_capacity(4, 128, 8, 2) == int(4 * 128 * 2 / 8 * 1.25)
     assert provider.get_capacity(1, 1, 64, 2) == 2
+
+
+def test_whatever_of_ours_is_not_installed_the_package_that_brings_it_is_known() -> None:
+    ours = ("apt-align", "apt-attention-tva", "apt-moe", "apt-rag")
+    installed = {each.name: each.dist.name for each in entry_points(group="apt.providers") if each.dist is not None}
+    assert {name: each for name, each in installed.items() if each in ours} == COMES_WITH

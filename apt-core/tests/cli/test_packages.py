@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from apt.cli import main
+from apt.core.discovery import Discovery
+from apt.core.registry import Registry
+
 
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
@@ -52,6 +56,16 @@ def test_a_command_that_breaks_costs_itself_alone(site: Path) -> None:
     assert "command.broken of apt-broken 1.0: importing apt_broken:main failed: ZeroDivisionError" in done.stderr
     assert "command.odd is a int, which cannot be called" in run(site, "odd").stderr
     assert run(site, "providers").returncode == 0
+
+
+def test_a_known_command_that_is_not_installed_is_told_with_its_package(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("apt.cli.packages.registry", Registry(Discovery))
+    assert main(["moe", "inspect", "run"]) == 2
+    assert (
+        capsys.readouterr().err == "error: no command 'moe' is installed; it comes with apt-moe: pip install apt-moe\n"
+    )
 
 
 def test_the_doctor_tries_commands_too(site: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Sequence
 from contextlib import suppress
 
+from apt.core.catalogue import COMES_WITH, COMMAND
 from apt.core.registry import registry
 from apt.errors import ProviderBrokenError, UserError
 
@@ -27,11 +28,11 @@ def list_commands() -> list[str]:
 def find_command(name: str, own: Container[str]) -> Command | None:
     """The command of this name, imported; None where no package brings it, or it is one of apt-core's `own`.
 
-    Raises `apt.errors.ProviderError` where the package is broken.
+    Raises `apt.errors.ProviderError` where the package is broken, or known and not installed.
     """
-    if name in own or name not in list_commands():
+    if name in own or (name not in list_commands() and f"{COMMAND}.{name}" not in COMES_WITH):
         return None
-    found = registry.load_object("command", name)
+    found = registry.load_object(COMMAND, name)
     if not callable(found):
         raise ProviderBrokenError(
             "command", name, f"command.{name} is a {type(found).__name__}, which cannot be called"

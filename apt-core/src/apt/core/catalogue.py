@@ -27,9 +27,18 @@ DEFAULTS = {
 COMES_WITH = {
     "attention.tva_default": "apt-attention-tva",
     "attention.autopoietic": "apt-attention-tva",
+    "command.convert": "apt-attention-tva",
     "ffn.moe": "apt-moe",
     "router.topk_default": "apt-moe",
+    "router.switch": "apt-moe",
+    "router.noisy_topk": "apt-moe",
+    "router.sigmoid_bias": "apt-moe",
+    "router.expert_choice": "apt-moe",
+    "router.hash": "apt-moe",
+    "router.random": "apt-moe",
+    "command.moe": "apt-moe",
     "plugin.moe": "apt-moe",
+    "plugin.routing": "apt-moe",
     "align.bistate_default": "apt-align",
     "align.mean_teacher": "apt-align",
     "align.rdrop": "apt-align",
@@ -37,7 +46,7 @@ COMES_WITH = {
     "retrieval.cosine": "apt-rag",
     "plugin.rag": "apt-rag",
 }
-"""Providers that are known to exist, and their distributions: for the line that installs them."""
+"""Providers and commands that are known to exist, and their distributions: for the line that installs them."""
 
 COMMAND = "command"
 """The kind of entry points that are not providers but commands of `apt-core`."""
@@ -151,7 +160,7 @@ class Catalogue:
         installed = f"installed: {', '.join(names)}" if names else f"no {kind} provider is installed"
         if name is None:
             return ProviderNotFoundError(kind, "", f"there is no default {kind} provider; name one; {installed}")
-        message = f"no {kind} provider {name!r} is installed"
+        message = f"no {kind if kind == COMMAND else f'{kind} provider'} {name!r} is installed"
         if distribution := COMES_WITH.get(f"{kind}.{name}"):
             message += f"; it comes with {distribution}: pip install {distribution}"
             return ProviderNotFoundError(kind, name, message)
