@@ -26,6 +26,14 @@ def test_providers_are_a_list_of_objects(capsys: pytest.CaptureFixture[str]) -> 
     assert sdpa["state"] in ("loaded", "not loaded")
 
 
+def test_one_provider_is_an_object_with_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = read(capsys, "providers", "show", "ffn.default", "--json")
+    assert isinstance(shown, dict)
+    assert (shown["name"], shown["distribution"], shown["scheduled_values"]) == ("default", "apt-core", [])
+    (bias,) = shown["options"]
+    assert (bias["option"], bias["type"], bias["default"]) == ("bias", "true or false", "false")
+
+
 def test_the_doctors_findings_are_objects_and_the_exit_code_says_whether_there_is_a_fault(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,7 +26,7 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     providers = commands.add_parser(
         "providers",
         help="list what is installed; `providers show KIND.NAME` tells one provider's options",
-        usage="apt-core providers [-h] [--check] [KIND]\n       apt-core providers show KIND.NAME",
+        usage="apt-core providers [-h] [--check] [--json] [KIND]\n       apt-core providers show KIND.NAME [--json]",
         description="List what is installed: kind, name, distribution, version, which is the kind's default, and whether "
         "it is loaded, not loaded yet, disabled or broken. Or show one provider's options, with types and defaults.",
     )
@@ -74,7 +74,7 @@ def _providers(arguments: argparse.Namespace) -> int:
     if words[:1] == ["show"]:
         if len(words) != 2 or "." not in words[1]:
             raise UserError("providers show: give one provider, such as: apt-core providers show attention.sdpa")
-        return _show(*words[1].split(".", 1))
+        return _show(*words[1].split(".", 1), as_json=arguments.json)
     if len(words) > 1:
         raise UserError(f"providers: {' '.join(words)!r} is not a kind; give one kind, or: show KIND.NAME")
     kind = words[0] if words else None
@@ -161,28 +161,40 @@ def _probe() -> dict[str, str]:
     return {found.subject: found.what for found in diagnose().findings if found.level == "fault"}
 
 
-def _show(kind: str, name: str) -> int:
+def _show(kind: str, name: str, *, as_json: bool) -> int:
     from apt.core.registry import registry
 
     provider = registry.load(kind, name)
     info = registry.get_info(kind, name)
+    description, options = _paragraph(provider.__doc__ or ""), describe_options(provider)
+    facts = {
+        "scheduled values": [*provider.scheduled],
+        "switched by the plugin": [provider.switched_by] if provider.switched_by else [],
+        "excludes": [*info["excludes"]],  # type: ignore[misc]
+        "capabilities": sorted(provider.capabilities),
+        "requires": provider.get_dependencies(),
+    }
+    if as_json:
+        columns = ("option", "type", "default", "what")
+        print_json(
+            {
+                **{key: info[key] for key in ("kind", "name", "distribution", "version", "entry_point")},
+                "description": description,
+                "options": [dict(zip(columns, row, strict=True)) for row in options],
+                **{title.replace(" ", "_"): words for title, words in facts.items()},
+            }
+        )
+        return 0
     print(f"{kind}.{name}  ({info['distribution']} {info['version']}, {info['entry_point']})\n")
-    print(_paragraph(provider.__doc__ or ""))
+    print(description)
     print("\noptions:")
-    rows = [(f"  {option}", *words) for option, *words in describe_options(provider)]
-    if rows:
-        print_table(("  OPTION", "TYPE", "DEFAULT", "WHAT"), rows)
+    if options:
+        print_table(("  OPTION", "TYPE", "DEFAULT", "WHAT"), [(f"  {option}", *words) for option, *words in options])
     else:
         print("  none")
-    for title, value in (
-        ("scheduled values", ", ".join(provider.scheduled)),
-        ("switched by the plugin", provider.switched_by or ""),
-        ("excludes", ", ".join(info["excludes"])),  # type: ignore[arg-type]
-        ("capabilities", ", ".join(sorted(provider.capabilities))),
-        ("requires", ", ".join(provider.get_dependencies())),
-    ):
-        if value:
-            print(f"{title}: {value}")
+    for title, words in facts.items():
+        if words:
+            print(f"{title}: {', '.join(words)}")
     return 0
 
 
