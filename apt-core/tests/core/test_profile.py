@@ -92,6 +92,8 @@ def test_a_circle_of_bases_is_refused(folder: Path) -> None:
 
 def test_a_base_that_is_missing_or_no_path_is_refused(folder: Path) -> None:
     assert "nope.yaml: cannot be read: No such file" in faults_of(folder, "base: nope.yaml\n")
+    (folder / "round.yaml").symlink_to("round.yaml")
+    assert "round.yaml: cannot be read: Too many levels of symbolic links" in faults_of(folder, "base: round.yaml\n")
     assert "x.yaml:1:7: base: 3 is not the path of a profile" in faults_of(folder, "base: 3\n")
 
 

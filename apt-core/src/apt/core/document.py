@@ -19,7 +19,7 @@ from apt.core import layout, yaml
 from apt.core.config import APTConfig, Data
 from apt.core.layout import type_at
 from apt.core.legacy import KINDS, settle, translate
-from apt.core.local import seen_from
+from apt.core.local import real_path, seen_from
 from apt.core.options import leaves
 from apt.core.registry import Registry
 from apt.core.yaml import Key, Origin, Source, Value
@@ -50,7 +50,7 @@ def read_document(path: Path, sets: Sequence[str], plugins: Sequence[str] | None
     Raises `ProfileError` for what cannot be read at all.
     """
     files: list[Path] = []
-    layers = _chain(path, files, path.parent.resolve())[::-1]
+    layers = _chain(path, files, real_path(path.parent))[::-1]
     if sum(len(layer.origins) for layer in layers) > yaml.MAX_VALUES:
         what = f"has, with what it inherits, more than {yaml.MAX_VALUES} values"
         raise ProfileError([Fault(str(path), what, "a profile has fewer")])
@@ -94,14 +94,14 @@ def _listed(layers: Sequence[Source], sets: Sequence[str], plugins: Sequence[str
 
 def _chain(path: Path, files: list[Path], top: Path) -> list[Source]:
     """The file and what it inherits from, nearest first; provider code in files is named as seen from the folder `top`."""
-    real = path.resolve()
+    real = real_path(path)
     if real in files:
         chain = " -> ".join(each.name for each in (*files, real))
         raise ProfileError([Fault(str(path), f"inherits from itself: {chain}")])
     if len(files) == MAX_FILES:
         raise ProfileError([Fault(str(path), f"is inherited through more than {MAX_FILES} files")])
     files.append(real)
-    source = _seen_from_top(yaml.read_file(path), path.parent.resolve(), top)
+    source = _seen_from_top(yaml.read_file(path), real_path(path.parent), top)
     base = source.values.pop("base", None)
     if base is None:
         return [source]

@@ -39,6 +39,14 @@ class LocalCode:
     anywhere: bool = False
 
 
+def real_path(path: Path) -> Path:
+    """The path with its links followed. One that leads back to itself is left to whoever opens the file, who says so.
+
+    `Path.resolve` raises RuntimeError for it before Python 3.13.
+    """
+    return Path(os.path.realpath(path))
+
+
 def is_local(name: str) -> bool:
     """Whether a provider's name means code in a file."""
     return _LOCAL.fullmatch(name) is not None
@@ -68,12 +76,12 @@ def read_local(kind: str, name: str, leave: LocalCode | None) -> tuple[ProviderR
         raise ProviderNotFoundError(kind, name, f"{name!r} is not of the form ./file.py:Class")
     if leave is None:
         raise ProviderDisabledError(kind, name, f"{name}: code in a file is not run unasked; {HOW}")
-    folder = leave.folder.resolve()
-    path = (folder / match["file"]).resolve()
+    folder = real_path(leave.folder)
+    path = real_path(folder / match["file"])
     if leave.anywhere:
         # What a checkpoint keeps is what made its model, whatever has become of the file.
         kept = folder / kept_name(name)
-        path = kept if kept.is_file() else path if path.is_file() else Path(match["file"]).resolve()
+        path = kept if kept.is_file() else path if path.is_file() else real_path(Path(match["file"]))
     if not leave.anywhere and not path.is_relative_to(folder):
         raise ProviderDisabledError(kind, name, f"{name}: {path} lies outside of {folder}; {HOW}")
     try:

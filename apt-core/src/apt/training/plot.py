@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from apt.core.local import real_path
 from apt.errors import UserError
 from apt.training.record import METRICS, PLOT, read_metrics
 
@@ -75,7 +76,7 @@ def plot_runs(folders: Sequence[Path], target: Path | None = None) -> Path:
 
 def _names(folders: Sequence[Path]) -> list[str]:
     """The folders' own names, with those above where two have the same, cut at the left where they are too long for a label."""
-    whole = [folder.resolve() for folder in folders]
+    whole = [real_path(folder) for folder in folders]
     own = [path.name for path in whole]
     names = [path.name if own.count(path.name) == 1 else f"{path.parent.name}/{path.name}" for path in whole]
     return [name if len(name) <= LABEL else f"…{name[1 - LABEL :]}" for name in names]
