@@ -68,6 +68,14 @@ def test_a_known_command_that_is_not_installed_is_told_with_its_package(
     )
 
 
+def test_an_interrupt_that_an_import_swallows_is_still_one(site: Path) -> None:
+    swallowed = "import signal\ntry:\n    signal.raise_signal(signal.SIGINT)\nexcept KeyboardInterrupt:\n    pass\n"
+    (site / "half.py").write_text(swallowed + "else:\n    whole = 1\n")
+    (site / "apt_diary.py").write_text("def main(words):\n    import half\n\n    return half.whole\n")
+    done = run(site, "diary")
+    assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
+
+
 def test_the_doctor_tries_commands_too(site: Path) -> None:
     done = run(site, "doctor")
     assert done.returncode == 1

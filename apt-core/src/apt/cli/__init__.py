@@ -10,11 +10,13 @@ import argparse
 import errno
 import io
 import os
+import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from types import FrameType
 from typing import Never, TextIO
 
 from apt import __version__
@@ -67,12 +69,25 @@ OF_THE_USER = {
 
 def enter() -> Never:
     """Run the command of this process, and end the process."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     code = main()
     if "TORCHELASTIC_RUN_ID" in os.environ and "torch" in sys.modules:
         from apt.training.ranks import leave
 
         leave(code)
     sys.exit(code)
+
+
+_cut_imports: list[int] = []
+"""The signals that cut an import short."""
+
+
+def _interrupt(number: int, frame: FrameType | None) -> Never:
+    """Ctrl-C, noted where it cuts an import short: PyTorch swallows it there, and fails later of what is half imported."""
+    if any(each.f_globals.get("__name__") == "importlib._bootstrap" for each, _ in traceback.walk_stack(frame)):
+        _cut_imports.append(number)
+    raise KeyboardInterrupt
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,7 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(f"{error.name} is not installed, which apt-core or a provider needs", 1)
         return _fail("this command needs PyTorch, which is not installed: pip install torch", 2)
     except Exception as error:  # noqa: BLE001  whatever it is, it is told in full, and with its author
-        traceback.print_exc()
+        if not _cut_imports:
+            traceback.print_exc()
         return _fail(f"this is a fault of {_author(error)}, not of your input; please report it there", 1)
     return int(code)
 
@@ -155,6 +171,8 @@ def _author(error: BaseException) -> str:
 
 
 def _fail(message: str, code: int) -> int:
+    if _cut_imports:
+        message, code = "interrupted", 130
     for line in message.splitlines() or [""]:
         print(f"error: {line}" if line and not line.startswith(" ") else line, file=sys.stderr)
     return code
