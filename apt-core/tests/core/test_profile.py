@@ -431,3 +431,10 @@ def test_a_choice_is_a_name_or_a_mapping() -> None:
     for wrong in (3, None, [1], {"provider": 3}, {"provider": "a", "fallback": {"b": 1}}):
         with pytest.raises(ValueError, match="provider"):
             to_choice(wrong)  # type: ignore[arg-type]
+
+
+def test_what_the_predecessor_had_and_nothing_reads_is_not_offered_as_an_option(folder: Path) -> None:
+    told = faults_of(folder, "model: {d_modl: 3}\n")
+    assert "did you mean 'd_model'?" in told
+    assert "dbc_iterations" not in told
+    assert "router_name" not in told

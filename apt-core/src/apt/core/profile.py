@@ -174,7 +174,8 @@ def _unknown_keys(values: Mapping[str, Value]) -> list[Fault]:
 
 
 def _hint(key: str, known: Sequence[str]) -> str:
-    return " ".join(filter(None, (nearest(key, known), f"options: {', '.join(known)}")))
+    today = [each for each in known if each not in OLD]
+    return " ".join(filter(None, (nearest(key, known), f"options: {', '.join(today)}")))
 
 
 def _flatten(values: Mapping[str, Value]) -> tuple[dict[str, object], list[Fault]]:
