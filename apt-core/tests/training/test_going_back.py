@@ -290,6 +290,16 @@ def test_the_best_is_still_pointed_to_where_its_step_is_saved_once_more(
     assert [each.name for each in list_checkpoints(out)] == ["step-000004.2", "step-000008"]
 
 
+def test_a_stop_in_the_step_that_is_gone_back_from_saves_what_was_left_out(profile_file: Path, tmp_path: Path) -> None:
+    out, sets = tmp_path / "run", ["training.save_every=2"]
+    stopped = train(profile_file, out, *sets, at=3, kind=Stopped)
+    assert (stopped.interrupted, stopped.state.step) == (True, 2)
+    assert read_saved(find_checkpoint(out))["progress"]["left_out"] == 2
+    again = train(profile_file, out, *sets, resume="auto").model.state_dict()
+    whole = train(profile_file, tmp_path / "whole", *sets, at=3).model.state_dict()
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
 def test_old_checkpoints_go_and_folders_of_others_stay(profile_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(profile_file, out)

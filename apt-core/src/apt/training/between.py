@@ -48,7 +48,8 @@ class Between:
         self.config, self.resolved, self.parts, self.hooks, self.ranks = config, resolved, parts, hooks, ranks
         self.saver, self.journal, self.out, self.kept = saver, journal, out, kept
         self.scored, self._scored_at = Score(math.nan, math.nan, 0), -1
-        self.saved_at, self._saved_when = -1, time.monotonic()
+        self.saved, self._saved_when = (-1, 0), time.monotonic()
+        """The step of the checkpoint that was written last, and what was left out before it."""
 
     def look_after(self, state: RunState, left_out: int) -> None:
         """After the step that led to `state`. `left_out`: steps' worth of text that was read and not trained on."""
@@ -133,7 +134,7 @@ class Between:
                 )
                 self.saver.save(snapshot, is_best=is_best)
             self.ranks.wait()
-            self.saved_at, self._saved_when = state.step, time.monotonic()
+            self.saved, self._saved_when = (state.step, left_out), time.monotonic()
 
     def _is_time_to_save(self, state: RunState) -> bool:
         every = self.config.training.save_every

@@ -350,7 +350,7 @@ class Trainer:
                 # Agreed on here and nowhere else, so that no rank is a step ahead of another.
                 self._stop = self.ranks.any(self._asked)
             # While plugins have what they are asked for: at the end they may let go of it.
-            if self._stop and self.between.saved_at != self.state.step:
+            if self._stop and self.between.saved != (self.state.step, self.left_out):
                 self.between.save(self.state, self.left_out)
         finally:
             hook.apt_training_end(state=self.state, model=model)
