@@ -198,6 +198,17 @@ def test_the_oldest_turns_leave_where_the_context_is_full(model: Decoder) -> Non
     assert chat.messages[-1]["role"] == "assistant"
 
 
+def test_what_no_turn_would_have_room_beside_is_refused_before_the_first(model: Decoder) -> None:
+    system = "x" * (128 - len("s:\nu:\na:"))
+    assert list(Chat(model, Letters(), system=system, max_new_tokens=4, sampling=GREEDY).say(""))
+    with pytest.raises(
+        UserError, match="the system's prompt alone takes 129 tokens; the model's context has room for 128"
+    ):
+        Chat(model, Letters(), system=f"{system}x", sampling=GREEDY)
+    with pytest.raises(UserError, match="the chat template alone takes 200 tokens"):
+        Chat(model, Letters(), template="x" * 200, sampling=GREEDY)
+
+
 def test_piped_lines_are_turns_and_the_template_may_be_a_file(
     profile_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

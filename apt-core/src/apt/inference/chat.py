@@ -96,7 +96,8 @@ class Chat:
     `say` yields the reply in pieces, as they come; the turn is part of the conversation even where the reader stops early. Turns
     that the context has no room for are left out from the start, the system's excepted; `left_out` counts them.
 
-    Raises `UserError` for an encoder-decoder, for a template that is missing or fails, and for numbers out of range.
+    Raises `UserError` for an encoder-decoder, for a template that is missing or fails, for numbers out of range, and where the
+    context has no room for what the system says.
     """
 
     def __init__(
@@ -126,7 +127,11 @@ class Chat:
         self.left_out = 0
         self.generator = torch.Generator(model.embedding.weight.device).manual_seed(seed)
         self._context: Context | None = None
-        self._encode([*self.messages, {"role": "user", "content": ""}])  # refuses before anybody types
+        # Refused before anybody types.
+        least, limit = len(self._encode([*self.messages, {"role": "user", "content": ""}])), model.max_seq_len
+        if least > limit:
+            what = "the system's prompt" if self.messages else "the chat template"
+            raise UserError(f"{what} alone takes {least} tokens; the model's context has room for {limit}")
 
     def say(self, text: str) -> Generator[str, None, None]:
         """The model's reply to `text`. Raises `UserError` where it is too long or no UTF-8, and forgets it."""
