@@ -13,6 +13,9 @@ class TextStream:
 
     A token's text may depend on the one before it (a space, half a character), so the tokens of the piece before are decoded
     again with each new one, and what is no whole character yet waits.
+
+    The exception are texts that are no UTF-8: a decoder with byte fallback (SentencePiece) makes a mark of every byte in a row of
+    byte tokens that has one wrong byte, also of those before it, which were given out and stay as they were.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
