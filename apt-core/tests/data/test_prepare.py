@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -206,6 +207,23 @@ def test_where_there_are_no_locks_two_writers_make_a_thing_each_in_its_own_place
         == [f"{tmp_path}: this file system has no locks; another process that makes the same things does so too"] * 2
     )
     assert cache.get("things", {"a": 1}, make).folder == entry.folder
+
+
+def test_what_another_process_has_made_at_the_last_moment_is_used_and_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def late(self: Path, target: Path) -> Path:
+        monkeypatch.undo()
+        shutil.copytree(self, target)
+        (target / "theirs").touch()
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    entry = Cache(tmp_path).get("things", {"a": 1}, lambda folder: {"size": (folder / "thing").write_text("whole")})
+    assert entry.facts == {"size": 5}
+    assert sorted(path.name for path in entry.folder.iterdir()) == ["manifest.json", "theirs", "thing"]
 
 
 def test_the_folder_is_the_profiles_then_the_environments_then_the_platforms(

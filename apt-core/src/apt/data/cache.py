@@ -23,6 +23,7 @@ _OF_THE_DISK = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
 )
 
+_IN_THE_WAY = frozenset({errno.ENOTEMPTY, errno.EEXIST})
 _WITHOUT_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
 
 
@@ -114,14 +115,20 @@ class Cache:
             files = {path.name: file_digest(path) for path in sorted(part.iterdir())}
             manifest = {"key": dict(key), "facts": facts, "files": files}
             (part / MANIFEST).write_text(json.dumps(manifest, indent=1))
-            # Without locks another process may have been quicker, and read by now what it has made.
-            if (entry := self._read(folder, tell=False)) is not None:
-                return entry
-            shutil.rmtree(folder, ignore_errors=True)
-            part.rename(folder)
+            while True:
+                try:
+                    part.rename(folder)
+                    return Entry(folder, facts)
+                except OSError as error:
+                    if error.errno not in _IN_THE_WAY:
+                        raise
+                # Without locks another process may have been quicker, and read by now what it has made.
+                if (entry := self._read(folder, tell=False)) is not None:
+                    return entry
+                with contextlib.suppress(FileNotFoundError):  # so may it have been in removing what is damaged
+                    shutil.rmtree(folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)
-        return Entry(folder, facts)
 
 
 def has_no_locks(error: Exception) -> bool:
