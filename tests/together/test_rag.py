@@ -47,3 +47,8 @@ def test_passages_are_named_or_it_is_said_that_there_are_none(
     assert main([*words, "--prompt", "zebras"]) == 0
     told = capsys.readouterr().err
     assert all(f"[{number}] " in line and said in line for number, line in enumerate(told.splitlines()[:2], 1))
+    # A prompt that fills the context pushes out what was put before it.
+    filling = "zebra " * (context // 6)
+    assert main([*words[:3], filling, *words[4:]]) == 0
+    told = capsys.readouterr().err
+    assert ("tokens, the passages' before all others, did not fit in the model's context" in told) == (context == 128)

@@ -378,9 +378,11 @@ def _generate(arguments: argparse.Namespace) -> int:
             )
         if result.left_out:
             room = run.model.max_seq_len
-            end = "last" if run.config.architecture == "encoder_decoder" else "first"  # of a source the start is read
+            end, among = "first", ", the passages' before all others," if result.sources else ""
+            if run.config.architecture == "encoder_decoder":  # of a source the start is read
+                end, among = "last", ""
             print(
-                f"{which}the {end} {result.left_out} tokens did not fit in the model's context of {room}",
+                f"{which}the {end} {result.left_out} tokens{among} did not fit in the model's context of {room}",
                 file=sys.stderr,
             )
     return 0
