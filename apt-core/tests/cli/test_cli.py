@@ -10,6 +10,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,7 @@ def test_help_says_what_a_command_does_and_what_each_option_means(
 
 def test_a_checkpoint_that_is_gone_or_damaged_is_named(capsys: pytest.CaptureFixture[str], trained: Path) -> None:
     assert run(capsys, "generate", trained / "nope", "--prompt", "x")[0] == 2
+    assert "is a file; give a run's folder" in run(capsys, "generate", trained / "latest", "--prompt", "x")[2]
     weights = trained / "step-000008" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-7])
     code, out, err = run(capsys, "generate", trained, "--prompt", "x")
@@ -103,6 +105,20 @@ def test_a_file_is_no_folder_for_a_run(capsys: pytest.CaptureFixture[str], profi
     code, _, err = run(capsys, "train", "-p", profile_file, "--out", taken)
     assert (code, err) == (2, f"error: {taken}: is a file; give a folder as --out\n")
     assert taken.read_text() == "mine"
+
+
+def test_what_a_model_writes_is_shown_by_a_terminal_and_not_obeyed(
+    capsys: pytest.CaptureFixture[str], trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(self: object, tokens: Sequence[int]) -> str:
+        return "a\x1b[2J\x07\tb\n" * len(tokens)
+
+    monkeypatch.setattr("apt.builtin.tokenizer.ByteTokenizer.decode", decode)
+    words = ("generate", trained, "--prompt", "def ", "--max-new-tokens", 2)
+    assert run(capsys, *words)[1] == "def " + 2 * "a\x1b[2J\x07\tb\n" + "\n", "a pipe is given the text itself"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert run(capsys, *words)[1] == "def " + 2 * "a\\x1b[2J\\x07\tb\n" + "\n"
+    assert run(capsys, *words, "--prompt", "x")[1].endswith("x" + 2 * "a\\x1b[2J\\x07\tb\n" + "\n")
 
 
 def test_a_terminal_that_knows_few_characters_gets_the_others_by_number(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from apt.core.providers import Tokenizer
+from apt.core.shown import harmless
 from apt.errors import UserError
 from apt_moe.layer import MixtureOfExperts
 
@@ -178,7 +178,7 @@ def inspect_run(
         if length > chars:
             coloured.append(" ...")
             break
-        coloured.append(_harmless(piece), style="dim" if expert is None else _style(expert))
+        coloured.append(harmless(piece), style="dim" if expert is None else _style(expert))
     where = f"encoder block {chosen}" if isinstance(run.model, Encoding) else f"block {chosen}"
     unserved = "; dim: no expert chose it" if None in routing.first else ""
     console.print(f"{where}: each token in the colour of the expert that weighs most{unserved}", highlight=False)
@@ -202,13 +202,6 @@ def _pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> Iterator[tuple[str, 
             continue
         start = last + 1
         yield piece, last
-
-
-def _harmless(text: str) -> str:
-    """The text with its control characters, which a terminal would obey, escaped; it may have lines and tabs."""
-    return "".join(
-        repr(each)[1:-1] if unicodedata.category(each) == "Cc" and each not in "\n\t" else each for each in text
-    )
 
 
 def _style(expert: int) -> str:

@@ -18,6 +18,7 @@ from apt.cli.running import (
     load_in_place,
     load_weights,
 )
+from apt.cli.show import written
 from apt.errors import UserError
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def _reply(chat: Chat, text: str) -> None:
     reply = chat.say(text)
     try:
         for piece in reply:
-            print(piece, end="", flush=True)
+            print(written(piece), end="", flush=True)
     except KeyboardInterrupt:
         reply.close()
         print(" ...", end="")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from apt.cli.options import add_changes, add_profile_options, print_notes, read_profile
-from apt.cli.show import called_as, print_providers
+from apt.cli.show import called_as, print_providers, written
 from apt.cli.unread import outlive_readers
 from apt.errors import AptError, UserError
 
@@ -265,7 +265,7 @@ def _run(
         try:
             text = draw_sample(profile.config, result.resolved, result.model, result.tokenizer, result.state)
             (result.folder / "sample.txt").write_text(text, encoding="utf-8")
-            print(f"\nsample:\n{text}")
+            print(f"\nsample:\n{written(text)}")
         except AptError as error:  # the run itself is good
             print(f"\nno sample is drawn: {error}")
     print(f"\nrun:  {result.folder}")
@@ -356,7 +356,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
     def show(text: str) -> None:
         # The prompt goes first, but not before there is something to go on with: what is refused prints nothing.
-        print(*unsaid, text, sep="", end="", flush=True)
+        print(*unsaid, written(text), sep="", end="", flush=True)
         unsaid.clear()
 
     if len(prompts) == 1:
@@ -365,7 +365,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     else:
         results = generate_batch(run.model, run.tokenizer, prompts, **options)
         for number, (prompt, result) in enumerate(zip(shown, results, strict=True), 1):
-            print(f"[{number}] {prompt}{result.text}")
+            print(f"[{number}] {prompt}{written(result.text)}")
     for number, result in enumerate(results, 1):
         which = f"[{number}] " if len(results) > 1 else ""
         if result.sources:

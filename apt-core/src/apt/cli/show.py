@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from apt.core.shown import harmless
+
 if TYPE_CHECKING:
     from apt.core.resolution import Resolution
 
@@ -29,6 +31,11 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right:
     with console.capture() as captured:
         console.print(table)
     print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+def written(text: str) -> str:
+    """What a model wrote, for standard output: harmless on a terminal, and elsewhere as it is."""
+    return harmless(text) if sys.stdout.isatty() else text
 
 
 def print_json(value: object) -> None:

@@ -76,7 +76,8 @@ def find_checkpoint(path: Path) -> Path:
     What `latest` names counts; a run that died before it first pointed to a checkpoint is taken by its newest whole one.
     """
     if not path.is_dir():
-        raise CheckpointError(f"{path}: there is no such folder")
+        what = "is a file; give a run's folder, or that of one of its checkpoints"
+        raise CheckpointError(f"{path}: {what if path.exists() else 'there is no such folder'}")
     if is_checkpoint(path):
         return _with_manifest(path)
     pointer = path / LATEST
