@@ -110,7 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("interrupted", 130)
     except BrokenPipeError:
         # The reader has gone (``| head``); what is left in the buffer goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        from apt.core.shown import to_nowhere
+
+        to_nowhere(sys.stdout.fileno())
         return 0
     except OSError as error:
         users = error.errno in OF_THE_USER

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, TextIO
+
+from apt.core.shown import to_nowhere
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -21,9 +22,7 @@ class _Droppable(io.FileIO):
         try:
             return super().write(data)
         except BrokenPipeError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.fileno())
-            os.close(nowhere)
+            to_nowhere(self.fileno())
             return super().write(data)
 
 

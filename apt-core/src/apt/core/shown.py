@@ -1,7 +1,8 @@
-"""Text that nobody has chosen, such as a model's, as a terminal may show it."""
+"""What is shown: text that nobody has chosen, such as a model's, and what nobody reads any more."""
 
 from __future__ import annotations
 
+import os
 import unicodedata
 
 
@@ -10,3 +11,10 @@ def harmless(text: str) -> str:
     return "".join(
         repr(each)[1:-1] if unicodedata.category(each) == "Cc" and each not in "\n\t" else each for each in text
     )
+
+
+def to_nowhere(number: int) -> None:
+    """Let the stream of this file descriptor, whose reader has gone, go nowhere: what its buffer holds too."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, number)
+    os.close(nowhere)

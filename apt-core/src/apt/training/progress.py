@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable
 from types import TracebackType
@@ -11,6 +10,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from apt.core.shown import to_nowhere
 from apt.hookspecs import RunState
 
 PLAIN_EVERY = 10.0
@@ -25,9 +25,7 @@ class Lasting(Console):
     def on_broken_pipe(self) -> None:
         """What is left in the stream's buffer goes nowhere either, where rich would end the process."""
         self.quiet = True
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.file.fileno())
-        os.close(nowhere)
+        to_nowhere(self.file.fileno())
 
 
 class _Bar(Progress):
