@@ -34,17 +34,14 @@ class Sampling:
     def draw_rows(self, logits: Float[Tensor, "batch vocab"], generators: Sequence[torch.Generator]) -> list[int]:
         """One token for each row, each drawn by a generator of its own. Raises `UserError` for scores that are no numbers."""
         if self.temperature == 0:
-            # Of float32: the largest of a vocabulary of bfloat16 takes PyTorch's CPU kernel twice as long.
-            largest, tokens = logits.float().max(-1)
-            _check(~largest.isnan())
-            return tokens.tolist()
+            return _likeliest(logits).tolist()
         rows = zip(logits, generators, strict=True)
         return [int(self.draw(row[None], generator)) for row, generator in rows]
 
     def draw(self, logits: Float[Tensor, "batch vocab"], generator: torch.Generator) -> Int[Tensor, "batch 1"]:
         """One token for each row. Raises `UserError` for scores that are no numbers."""
         if self.temperature == 0:
-            return logits.argmax(-1, keepdim=True)
+            return _likeliest(logits).unsqueeze(-1)
         logits = logits.float()
         largest = logits.amax(-1, keepdim=True)
         _check(largest.isfinite())
@@ -60,6 +57,13 @@ class Sampling:
             cut[:, 0] = False
             logits = logits.masked_fill(cut.scatter(-1, order, cut), -torch.inf)
         return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+
+
+def _likeliest(logits: Float[Tensor, "batch vocab"]) -> Int[Tensor, " batch"]:
+    # Of float32: the largest of a vocabulary of bfloat16 takes PyTorch's CPU kernel twice as long.
+    largest, tokens = logits.float().max(-1)
+    _check(~largest.isnan())
+    return tokens
 
 
 def _check(good: Bool[Tensor, ...]) -> None:
