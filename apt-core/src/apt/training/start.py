@@ -127,11 +127,8 @@ class Start:
         own = self._own.resolve()
         named, loss = read_pointer(own.parent / BEST), _best_loss(own)[0]
         course = [each for each in list_checkpoints(own.parent) if step_of(each) <= step_of(own)]
-
-        def told(each: Path) -> tuple[bool, bool]:
-            return _best_loss(each) == (loss, True), each.name == named
-
-        return max((each for each in course if any(told(each))), key=told, default=None)
+        told = {each: (_best_loss(each) == (loss, True), each.name == named) for each in course}
+        return max((each for each in course if any(told[each])), key=told.__getitem__, default=None)
 
     @property
     def _own(self) -> Path | None:
