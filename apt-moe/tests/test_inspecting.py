@@ -11,6 +11,7 @@ from rich.console import Console
 
 from apt.core.config import APTConfig
 from apt.core.profile import load_profile
+from apt.core.providers import Tokenizer
 from apt.core.registry import registry
 from apt.errors import UserError
 from apt.modeling.compose import ModelBuilder
@@ -92,12 +93,17 @@ def test_of_an_encoder_decoder_the_encoder_s_experts_are_traced(tmp_path: Path) 
         inspecting.trace(build("[1]"), tokens, 32)
 
 
-def test_the_view_shows_the_text_and_each_expert_s_load(
-    model: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def tokenizer(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> Tokenizer:
+    """That of the run which is inspected, whatever its folder."""
     tokenizer = registry.get("tokenizer", "byte", fallback=False).train([])
     run = SimpleNamespace(model=model, tokenizer=tokenizer, config=SimpleNamespace(max_seq_len=32))
     monkeypatch.setattr("apt.runs.load_run", lambda folder, allow_local_code: run)
+    return tokenizer
+
+
+@pytest.mark.usefixtures("tokenizer")
+def test_the_view_shows_the_text_and_each_expert_s_load(tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_text(TEXT)
     shown = io.StringIO()
@@ -121,16 +127,13 @@ def test_the_view_shows_the_text_and_each_expert_s_load(
 
 
 def test_characters_of_several_bytes_are_shown_whole_and_line_ends_are_those_of_the_file(
-    model: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer = registry.get("tokenizer", "byte", fallback=False).train([])
     read: list[list[int]] = []
     trace = inspecting.trace
     monkeypatch.setattr(
         inspecting, "trace", lambda model, tokens, seq: (read.append(tokens), trace(model, tokens, seq))[1]
     )
-    run = SimpleNamespace(model=model, tokenizer=tokenizer, config=SimpleNamespace(max_seq_len=32))
-    monkeypatch.setattr("apt.runs.load_run", lambda folder, allow_local_code: run)
     text = "caf\N{LATIN SMALL LETTER E WITH ACUTE}, \u4e2d\u6587 \U0001f600, \ufffd.\r\nend"
     file = tmp_path / "text.txt"
     file.write_bytes(text.encode())
@@ -141,12 +144,8 @@ def test_characters_of_several_bytes_are_shown_whole_and_line_ends_are_those_of_
     assert all(line in shown.getvalue() for line in text.split("\r\n"))
 
 
-def test_control_characters_of_the_text_are_shown_and_not_obeyed(
-    model: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokenizer = registry.get("tokenizer", "byte", fallback=False).train([])
-    run = SimpleNamespace(model=model, tokenizer=tokenizer, config=SimpleNamespace(max_seq_len=32))
-    monkeypatch.setattr("apt.runs.load_run", lambda folder, allow_local_code: run)
+@pytest.mark.usefixtures("tokenizer")
+def test_control_characters_of_the_text_are_shown_and_not_obeyed(tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_bytes("a\x1b[2Jb\x07\x9b\0\tc\nd\r".encode())
     shown = io.StringIO()
