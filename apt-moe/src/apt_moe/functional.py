@@ -70,8 +70,7 @@ def balance_and_z_loss(logits: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]
     They are a matter of few numbers and many steps, each of which takes longer to ask for than to do: so both are one function
     with its gradient, of a third of the steps. Compiled, transformed, and over ranks they are made by themselves.
     """
-    by_themselves = torch.compiler.is_compiling() or is_transformed()
-    if by_themselves or _num_ranks() > 1 or not logits.numel():
+    if torch.compiler.is_compiling() or is_transformed() or _num_ranks() > 1 or not logits.numel():
         return load_balance_loss(logits, expert_mask(indices, logits.shape[-1])), z_loss(logits)
     balance, squares = _Losses.apply(logits.float(), indices)  # type: ignore[no-untyped-call]
     return balance, squares

@@ -43,9 +43,8 @@ class RowLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch out"]:
         """The product, in the dtype of `x`."""
-        if (
-            x.numel() != self.in_features or x.dtype != self.weight.dtype
-        ):  # which autocast makes one, in this product alone
+        # Under autocast a row may be of another type, which this product alone converts.
+        if x.numel() != self.in_features or x.dtype != self.weight.dtype:
             return functional.linear(x, self.weight, self.bias)
         multiply = torch.ops.apt.multiply_row if torch.compiler.is_compiling() else torch.mv
         y: Tensor = multiply(self.weight, x.reshape(-1)).view(*x.shape[:-1], self.out_features)
